@@ -1,0 +1,1 @@
+"""One program a question, `python -m experiments.NAME`; nothing in `dsv3_jax` imports from here."""
