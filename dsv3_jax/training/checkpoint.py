@@ -1,0 +1,126 @@
+"""Checkpoints [§4.2]: complete or absent, written in the background, exact to the bit, refused by another config.
+
+A checkpoint is a folder `<step>` of three items: `state` (arrays), `ema` (host arrays) and `meta` (JSON: config, tokens
+seen, position in the data). Orbax writes it under a temporary name and renames it when all of it is there; an older one is
+removed only after that.
+"""
+
+import dataclasses
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from dsv3_jax.config import SECTIONS, Config, from_dict, to_dict
+from dsv3_jax.training.ema import Ema
+
+# What a resumed run may set anew: none of them changes a bit of what is computed.
+FREE_ON_RESUME = {"checkpoint_every", "keep_checkpoints", "eval_every", "nonfinite_limit", "cache_dir"}
+
+
+class Progress(NamedTuple):
+    """Where a run stands, beside its arrays. JSON-able."""
+
+    step: int  # optimiser steps done, skipped ones included
+    tokens: int  # positions given to them
+    data_state: Any  # of the batch iterator, after the last of those steps' batch
+
+
+class Checkpoint(NamedTuple):
+    state: Any  # tree of device arrays
+    ema: Ema | None
+    progress: Progress
+
+
+def config_changes(stored: Config, given: Config) -> list[str]:
+    """`name=stored value, now value` for each field that differs and that a resumed run may not change."""
+    changes = []
+    for section in SECTIONS:
+        old, new = getattr(stored, section), getattr(given, section)
+        for field in dataclasses.fields(old):
+            before, now = getattr(old, field.name), getattr(new, field.name)
+            if before != now and field.name not in FREE_ON_RESUME:
+                note = " (the schedules scale with the run's length)" if field.name in ("steps", "train_tokens") else ""
+                changes.append(f"{field.name}={before}, now {now}{note}")
+    return changes
+
+
+class Checkpoints:
+    """The checkpoints of one run in `folder` (created if missing; OSError if that is impossible). A context manager:
+    leaving it waits for a save under way, unless an exception is passing, which a failed save must not hide."""
+
+    def __init__(self, folder: str | Path, config: Config):
+        self.folder, self.config = Path(folder).absolute(), config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "ema", "meta"))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._guarded("written", self._manager.close)
+        except OSError:
+            if error is None:
+                raise
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Begin to write `checkpoint`; the arrays may be donated or overwritten once this returns.
+
+        Raises OSError if this one or the one before it could not be written (a full disk): the older ones stay.
+        """
+        step, ema = checkpoint.progress.step, checkpoint.ema
+        if step == self.latest():
+            return
+        meta = {"config": to_dict(self.config), "progress": checkpoint.progress._asdict(), "ema": ema and ema.n_updates}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(checkpoint.state),
+            ema=ocp.args.StandardSave(ema.average if ema else {}),
+            meta=ocp.args.JsonSave(meta),
+        )
+        self._guarded("written", lambda: self._manager.save(step, args=items))
+
+    def wait(self) -> None:
+        """Return when the save under way is complete. Raises OSError as `save` does."""
+        self._guarded("written", self._manager.wait_until_finished)
+
+    def restore(self, state: Any, ema: Ema | None) -> Checkpoint:
+        """The newest checkpoint, in the shapes and dtypes of `state` (arrays or jax.ShapeDtypeStruct) and `ema`.
+
+        Raises ValueError if it is of another config or damaged (an older one is never taken silently instead).
+        """
+        step = self.latest()
+        assert step is not None, "ask latest() first"
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = self._guarded("read", lambda: self._manager.restore(step, args=items)["meta"])
+        changes = config_changes(self._guarded("read", lambda: from_dict(meta["config"])), self.config)
+        if changes:
+            raise ValueError(
+                f"{self.folder} holds a run of another config: {'; '.join(changes)}; undo that or take another --workdir"
+            )
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), ema=ocp.args.StandardRestore(ema.average if ema else {})
+        )
+        restored = self._guarded("read", lambda: self._manager.restore(step, args=items))
+        return Checkpoint(restored.state, ema and Ema(restored.ema, meta["ema"]), Progress(**meta["progress"]))
+
+    def _guarded(self, action: str, call: Any) -> Any:
+        """`call()`; whatever the storage library raises becomes one line."""
+        try:
+            return call()
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            if action == "written":
+                raise OSError(f"checkpoint under {self.folder} could not be written ({reason}); complete ones stay") from error
+            folder = self.folder / str(self.latest())
+            raise ValueError(
+                f"checkpoint {folder} is damaged ({reason[:200]}); remove that folder to go on from the one before it"
+            ) from error
