@@ -1,0 +1,17 @@
+"""Settings of every test: `oracles` importable, JAX refuses implicit promotion, hypothesis is repeatable."""
+
+import sys
+from pathlib import Path
+
+import jax
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+# What promotes silently also rounds silently: make code say which dtype and which axes it means.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first example slow, so no deadline; the same examples on every machine, so a failure can be repeated.
+settings.register_profile("dsv3_jax", deadline=None, derandomize=True)
+settings.load_profile("dsv3_jax")

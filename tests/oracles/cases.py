@@ -1,0 +1,31 @@
+"""The stored cases of `tests/oracles/data`: a tiny checkpoint and the outputs that belong to it."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oracles.safetensors_reader import read_safetensors
+
+DATA = Path(__file__).parent / "data"
+CASES = ("base", "yarn", "noqlora", "wide", "mtp")
+
+
+class Case(NamedTuple):
+    config: dict[str, Any]  # config.json as it stands
+    tensors: dict[str, np.ndarray]  # checkpoint name -> weight, (out, in)
+    expected: dict[str, np.ndarray]  # oracle.npz; data/README.md names the arrays
+
+
+@functools.cache
+def load_case(name: str) -> Case:
+    """One of CASES. Cached and shared between tests: do not write into it."""
+    with np.load(DATA / name / "oracle.npz") as stored:
+        expected = {key: stored[key] for key in stored.files}
+    return Case(
+        config=json.loads((DATA / name / "config.json").read_text()),
+        tensors=read_safetensors(DATA / name / "model.safetensors"),
+        expected=expected,
+    )
