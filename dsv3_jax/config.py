@@ -1,0 +1,440 @@
+"""Configuration of model, training and data [§4.2]: the defaults are the published DeepSeek-V3 recipe.
+
+Model fields bear the names of the released `config.json`. Every dataclass is frozen and validates itself; a field name
+occurs in one section only, so `--set=name=value` needs no path. What a run changes against the published recipe is
+listed by `recipe_differences`.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ALIASES = {"selector": "topk_method"}  # the field's word for what config.json calls topk_method
+EXPERTS = Literal["auto", "bucketed", "ragged_dot", "dense"]
+DTYPES = Literal["float32", "bfloat16"]
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{name}: expected a positive number, got {value}")
+
+
+def _require_choice(config: Any) -> None:
+    """Every field annotated `Literal[...]` holds one of its values."""
+    hints = typing.get_type_hints(type(config))
+    for name, hint in hints.items():
+        if typing.get_origin(hint) is Literal:
+            value, choices = getattr(config, name), typing.get_args(hint)
+            _require(value in choices, f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _require_known(name: str, value: str, builtin: tuple[str, ...]) -> None:
+    """A built-in's name, or `module:function` for somebody else's idea (resolved by `dsv3_jax.plugins`)."""
+    module, colon, function = value.partition(":")
+    _require(
+        value in builtin or bool(module and colon and function),
+        f"{name}: expected one of {', '.join(builtin)} or package.module:function, got {value!r}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """YaRN [§4.3]; the released `rope_scaling` entry."""
+
+    type: Literal["yarn"] = "yarn"
+    factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_choice(self)
+        _require_positive(self, "original_max_position_embeddings", "beta_fast", "beta_slow")
+        _require(self.factor >= 1, f"rope_scaling.factor: expected at least 1, got {self.factor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture [§2, §4.2] and numerics. Defaults: the released DeepSeek-V3 `config.json`."""
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    num_hidden_layers: int = 61
+    rms_norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6  # the latents' norms keep 1e-6 in released code, whatever rms_norm_eps says
+    tie_word_embeddings: bool = False
+    hidden_act: Literal["silu"] = "silu"
+    initializer_range: float = 0.006  # [§4.2]; the released file's 0.02 was not used for training
+
+    # attention [§2.1.1]; `gqa` reads num_key_value_heads, the others ignore it as released code does
+    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"
+    num_attention_heads: int = 128
+    num_key_value_heads: int = 128
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    attention_bias: Literal[False] = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = field(default_factory=RopeScaling)
+    max_position_embeddings: int = 163840
+
+    # feed-forward and mixture of experts [§2.1.2]
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    first_k_dense_replace: int = 3
+    moe_layer_freq: int = 1
+    scoring_func: str = "sigmoid"  # sigmoid | softmax | package.module:function
+    topk_method: str = "noaux_tc"  # noaux_tc | group_limited_greedy | greedy | package.module:function
+    n_group: int = 8
+    topk_group: int = 4
+    group_score_topk: int = 2  # a group's score is the sum of its so many largest biased scores (V2: 1)
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    aux_loss_topk: Literal["selected", "unbiased"] = "selected"  # eq. 18 counts the unbiased top-k; code what was chosen
+
+    # multi-token prediction [§2.2]
+    num_nextn_predict_layers: int = 1
+    mtp_hidden: Literal["post_norm", "pre_norm"] = "post_norm"  # not disclosed; released weights need post_norm
+    mtp_concat: Literal["embedding_first", "hidden_first"] = "embedding_first"  # eq. 21 writes the other order
+
+    # numerics
+    param_dtype: DTYPES = "float32"
+    compute_dtype: DTYPES = "bfloat16"
+    remat: Literal["none", "report", "full"] = "report"
+    experts_implementation: EXPERTS = "auto"
+
+    def __post_init__(self) -> None:
+        _require_choice(self)
+        _require_positive(
+            self, "vocab_size", "hidden_size", "num_hidden_layers", "rms_norm_eps", "latent_norm_eps", "initializer_range",
+            "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta",
+            "max_position_embeddings", "intermediate_size", "routed_scaling_factor",
+        )  # fmt: skip
+        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim: expected an even number, got {self.qk_rope_head_dim}")
+        _require(self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank: expected null or > 0, got {self.q_lora_rank}")
+        _require(self.moe_layer_freq == 1, f"moe_layer_freq: only 1 exists in this family, got {self.moe_layer_freq}")
+        _require(
+            0 <= self.first_k_dense_replace <= self.num_hidden_layers,
+            f"first_k_dense_replace: expected 0..num_hidden_layers={self.num_hidden_layers}, got {self.first_k_dense_replace}",
+        )
+        _require(
+            self.num_nextn_predict_layers >= 0,
+            f"num_nextn_predict_layers: expected 0 or more, got {self.num_nextn_predict_layers}",
+        )
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.attention == "gqa":
+            _require(
+                kv_heads > 0 and heads % kv_heads == 0,
+                f"num_key_value_heads: gqa expects a divisor of num_attention_heads={heads}, got {kv_heads}",
+            )
+        if self.n_moe_layers:
+            self._validate_router()
+
+    def _validate_router(self) -> None:
+        _require_known("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
+        _require_known("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
+        _require_positive(self, "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+        experts, groups, kept, k = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
+        _require(self.n_shared_experts >= 0, f"n_shared_experts: expected 0 or more, got {self.n_shared_experts}")
+        _require(experts % groups == 0, f"n_group: expected a divisor of n_routed_experts={experts}, got {groups}")
+        _require(kept <= groups, f"topk_group: expected at most n_group={groups}, got {kept}")
+        size = experts // groups
+        _require(
+            0 < self.group_score_topk <= size or groups == 1,
+            f"group_score_topk: expected 1..{size} (experts in a group), got {self.group_score_topk}",
+        )
+        eligible = experts if self.topk_method == "greedy" else kept * size
+        _require(
+            k <= eligible,
+            f"num_experts_per_tok: expected at most {eligible}, the experts that a token may choose from "
+            f"(topk_group={kept} of n_group={groups} groups of {size}), got {k}",
+        )
+
+    @property
+    def n_dense_layers(self) -> int:
+        return self.first_k_dense_replace
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Layers with a router: the main model's after the dense ones, and one for each MTP depth."""
+        return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
+
+    @property
+    def n_main_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def has_correction_bias(self) -> bool:
+        """Whether a checkpoint of this model stores `e_score_correction_bias` (V2's two methods have none)."""
+        return self.topk_method not in ("group_limited_greedy", "greedy")
+
+    @property
+    def n_key_value_heads(self) -> int:
+        """Key/value heads that the attention really has."""
+        return {"gqa": self.num_key_value_heads, "mqa": 1}.get(self.attention, self.num_attention_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Objective, optimiser and schedules [§4.2]; points in tokens are the published run's and scale with the run.
+
+    A schedule point `p` of the published 14.8T tokens (`schedule_tokens`) falls at `p * total / schedule_tokens` of a
+    run of `total` tokens. Steps (`warmup_steps`) do not scale.
+    """
+
+    steps: int | None = None  # the run's length: so many optimiser steps ...
+    train_tokens: float | None = 14.8e12  # ... or so many tokens, when steps is null
+    seed: int = 0
+    schedule_tokens: float = 14.8e12
+
+    batch_size: int = 15360  # sequences per optimiser step
+    batch_size_start: int = 3072  # equal to batch_size: no ramp
+    batch_ramp_tokens: float = 469e9  # linear in tokens; the ramp's shape is not disclosed
+    micro_batch_size: int | None = None  # sequences per forward pass; null: the whole batch
+
+    learning_rate: float = 2.2e-4
+    learning_rate_min: float = 2.2e-5
+    learning_rate_final: float = 7.3e-6
+    warmup_steps: int = 2000
+    lr_decay_start_tokens: float = 10e12
+    lr_decay_end_tokens: float = 14.3e12
+    lr_final_start_tokens: float = 14.633e12
+
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-8  # not disclosed
+    weight_decay: float = 0.1
+    decay_norms: bool = False  # not disclosed: whether norm gains decay
+    grad_clip: float = 1.0
+    moment_dtype: DTYPES = "bfloat16"
+    ema_decay: float = 0.999  # not disclosed; 0: no average
+    ema_every: int = 1  # steps between two updates of the average
+
+    controller: str = "sign"  # sign | sequence | batch | classical | none | package.module:function
+    aux_loss_alpha: float | None = None  # null: the controller's own (sign 1e-4; the three losses 1e-3, V2-Lite's)
+    aux_loss_reduction: Literal["sum", "mean"] = "sum"  # over MoE layers; not disclosed
+    bias_update_speed: float = 1e-3
+    bias_update_stop_tokens: float = 14.3e12
+    balance_mtp: bool = True  # whether the MTP layers' routers are balanced too; not disclosed
+    mtp_loss_weight: float = 0.3
+    mtp_loss_weight_late: float = 0.1
+    mtp_late_tokens: float = 10e12
+
+    loss_chunk_elements: int = 4 * 2**20  # logits alive at a time in the loss, in elements
+
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    eval_every: int = 0  # 0: only at the end
+    nonfinite_limit: int = 10  # skipped updates in a row before the run stops
+
+    def __post_init__(self) -> None:
+        _require_choice(self)
+        _require_known("controller", self.controller, ("sign", "sequence", "batch", "classical", "none"))
+        _require_positive(
+            self, "schedule_tokens", "batch_size", "batch_size_start", "learning_rate", "adam_eps", "grad_clip", "ema_every",
+            "loss_chunk_elements", "checkpoint_every", "keep_checkpoints", "nonfinite_limit",
+        )  # fmt: skip
+        length = self.steps if self.steps is not None else self.train_tokens
+        _require(length is not None and length > 0, f"steps, train_tokens: expected one of them > 0, got {length}")
+        _require(
+            self.batch_size_start <= self.batch_size,
+            f"batch_size_start: expected at most batch_size={self.batch_size}, got {self.batch_size_start}",
+        )
+        micro = self.micro_batch_size
+        _require(
+            micro is None or (micro > 0 and self.batch_size % micro == 0),
+            f"micro_batch_size: expected null or a divisor of batch_size={self.batch_size}, got {micro}",
+        )
+        for name in ("adam_b1", "adam_b2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "bias_update_speed", "mtp_loss_weight", "mtp_loss_weight_late",
+                     "learning_rate_min", "learning_rate_final", "eval_every", "batch_ramp_tokens"):  # fmt: skip
+            _require(getattr(self, name) >= 0, f"{name}: expected 0 or more, got {getattr(self, name)}")
+        alpha = self.aux_loss_alpha
+        _require(alpha is None or alpha >= 0, f"aux_loss_alpha: expected null or 0 or more, got {alpha}")
+        points = (self.lr_decay_start_tokens, self.lr_decay_end_tokens, self.lr_final_start_tokens, self.schedule_tokens)
+        _require(
+            list(points) == sorted(points),
+            f"lr_decay_start_tokens <= lr_decay_end_tokens <= lr_final_start_tokens <= schedule_tokens expected, got {points}",
+        )
+
+    @property
+    def n_micro_batches(self) -> int:
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Corpus, tokenizer and packing [§4.1]."""
+
+    corpus: str = "embedded"  # embedded | a glob of .txt/.jsonl/.parquet files (several separated by commas)
+    domain_from: str = "path"  # path: the parent folder's name; or a field of the JSONL/Parquet records
+    text_field: str = "text"
+    tokenizer: str = "train"  # train: a byte-level BPE of vocab_size entries on the corpus; or a tokenizer.json
+    cache_dir: str = "~/.cache/dsv3_jax"
+    seq_len: int = 4096
+    cross_document_attention: bool = True  # packed documents see each other, as in pre-training
+    fim_rate: float = 0.1
+    punctuation_split_rate: float = 0.1  # share of merged punctuation+newline tokens split again; not disclosed
+    holdout_fraction: float = 0.05
+    eval_sequences: int = 128  # most held-out sequences that one validation reads
+    data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len > 1, f"seq_len: expected at least 2, got {self.seq_len}")
+        _require_positive(self, "eval_sequences")
+        for name in ("fim_rate", "punctuation_split_rate"):
+            _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0..1, got {getattr(self, name)}")
+        _require(0 < self.holdout_fraction < 1, f"holdout_fraction: expected 0 < fraction < 1, got {self.holdout_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+SECTIONS = ("model", "train", "data")
+
+
+def field_names() -> dict[str, str]:
+    """Name of every settable field -> its section."""
+    return {f.name: section for section in SECTIONS for f in dataclasses.fields(type(getattr(Config(), section)))}
+
+
+def override(config: Config, settings: Mapping[str, Any]) -> Config:
+    """`config` with fields replaced; string values are parsed by the field's type.
+
+    Raises ValueError for an unknown name (lists the nearest ones), a value of the wrong type, or an invalid combination.
+    """
+    owners = field_names()
+    changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for given, value in settings.items():
+        name = ALIASES.get(given, given)
+        if name not in owners:
+            nearest = difflib.get_close_matches(given, [*owners, *ALIASES], n=4, cutoff=0.4)
+            raise ValueError(f"unknown setting {given!r}; nearest: {', '.join(nearest) or 'none'}")
+        section = owners[name]
+        hint = typing.get_type_hints(type(getattr(config, section)))[name]
+        changes[section][name] = parse_value(given, value, hint) if isinstance(value, str) else value
+    return dataclasses.replace(
+        config, **{s: dataclasses.replace(getattr(config, s), **changes[s]) for s in SECTIONS if changes[s]}
+    )
+
+
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """`["name=value", ...]` -> dict. Raises ValueError for one without `=`."""
+    for setting in settings:
+        _require("=" in setting, f"--set: expected name=value, got {setting!r}")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def parse_value(name: str, text: str, hint: Any) -> Any:
+    """`text` as a value of type `hint`; raises ValueError naming the field."""
+    if isinstance(hint, types.UnionType):
+        if text.lower() in ("null", "none"):
+            _require(type(None) in typing.get_args(hint), f"{name}: null is not allowed")
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if hint is RopeScaling:
+        return RopeScaling(**_checked(RopeScaling, _json(name, text)))
+    if typing.get_origin(hint) is Literal:
+        if all(isinstance(choice, bool) for choice in typing.get_args(hint)):
+            hint = bool
+        else:
+            return text  # the dataclass checks the choice
+    if hint is bool:
+        values = {"true": True, "1": True, "false": False, "0": False}
+        _require(text.lower() in values, f"{name}: expected true or false, got {text!r}")
+        return values[text.lower()]
+    try:
+        return hint(text)
+    except ValueError:
+        raise ValueError(f"{name}: expected {hint.__name__}, got {text!r}") from None
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: expected JSON or null, got {text!r} ({error})") from None
+
+
+def _checked(cls: type, values: Any) -> dict[str, Any]:
+    _require(isinstance(values, Mapping), f"{cls.__name__}: expected an object, got {values!r}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        nearest = ", ".join(difflib.get_close_matches(key, names)) or "none"
+        _require(key in names, f"{cls.__name__}: unknown key {key!r}; nearest: {nearest}")
+    return dict(values)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Inverse of `to_dict`; unknown keys raise ValueError."""
+    sections = _checked(Config, values)
+    model = _checked(ModelConfig, sections["model"])
+    if model.get("rope_scaling") is not None:
+        model["rope_scaling"] = RopeScaling(**_checked(RopeScaling, model["rope_scaling"]))
+    return Config(
+        model=ModelConfig(**model),
+        train=TrainConfig(**_checked(TrainConfig, sections["train"])),
+        data=DataConfig(**_checked(DataConfig, sections["data"])),
+    )
+
+
+RECIPE = {
+    "router": (
+        "scoring_func", "topk_method", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+        "group_score_topk", "norm_topk_prob", "routed_scaling_factor",
+    ),
+    "balancing": (
+        "controller", "aux_loss_alpha", "aux_loss_reduction", "bias_update_speed", "bias_update_stop_tokens", "balance_mtp",
+    ),
+    "MTP": (
+        "num_nextn_predict_layers", "mtp_hidden", "mtp_concat", "mtp_loss_weight", "mtp_loss_weight_late", "mtp_late_tokens",
+    ),
+    "schedules": (
+        "learning_rate", "learning_rate_min", "learning_rate_final", "warmup_steps", "lr_decay_start_tokens",
+        "lr_decay_end_tokens", "lr_final_start_tokens", "schedule_tokens", "train_tokens", "steps", "batch_size",
+        "batch_size_start", "batch_ramp_tokens",
+    ),
+}  # fmt: skip
+
+
+def recipe_differences(config: Config) -> list[str]:
+    """One line for each point in which router, balancing, MTP or schedules differ from the published recipe."""
+    published, owners = Config(), field_names()
+    lines = []
+    for topic, names in RECIPE.items():
+        for name in names:
+            ours = getattr(getattr(config, owners[name]), name)
+            theirs = getattr(getattr(published, owners[name]), name)
+            if ours != theirs:
+                lines.append(f"{topic}: {name} = {ours} (published: {theirs})")
+    return lines

@@ -1,0 +1,154 @@
+"""The transformer [§2.1]: embedding, leading dense layers, scanned MoE layers, final norm; logits where they are wanted.
+
+`tokens -> embed -> blocks -> norm`, and every MoE block hands on `(x, routing)`. Layers of one kind are stacked and scanned,
+so that compile time does not grow with depth.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import rematerialised, rms_norm, swiglu, swiglu_spec
+from dsv3_jax.model.mla import attention, attention_spec
+from dsv3_jax.model.rope import rope_tables
+from dsv3_jax.model.spec import Spec, SpecTree, gain, stacked
+from dsv3_jax.moe.layer import moe, moe_spec
+from dsv3_jax.moe.router import Routing
+
+Summary = Callable[[Routing, Any], Any]  # (routing, extra) -> what the scan keeps of one layer
+
+
+class Context(NamedTuple):
+    """What every layer's attention shares: rotary tables and the mask of visible keys."""
+
+    rope: tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
+    mask_BTS: Bool[Array, "B T S"]
+
+
+class Hidden(NamedTuple):
+    """A forward pass up to the head. `layers` is what `summary` kept of each MoE layer, stacked by layer."""
+
+    normed_BTD: Float[Array, "B T D"]  # after the final norm: what the head reads
+    residual_BTD: Float[Array, "B T D"]  # before it
+    layers: Any
+
+
+def block_spec(config: ModelConfig, *, dense: bool) -> SpecTree:
+    hidden = config.hidden_size
+    return {
+        "input_layernorm": gain(hidden, "embed"),
+        "self_attn": attention_spec(config),
+        "post_attention_layernorm": gain(hidden, "embed"),
+        "mlp": swiglu_spec(hidden, config.intermediate_size) if dense else moe_spec(config),
+    }
+
+
+def transformer_spec(config: ModelConfig) -> SpecTree:
+    """The main model's parameters."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    spec: dict[str, Any] = {"embed_tokens": Spec((vocab, hidden), ("vocab", "embed"))}
+    if config.n_dense_layers:
+        spec["dense_layers"] = stacked(block_spec(config, dense=True), config.n_dense_layers)
+    if config.n_main_moe_layers:
+        spec["moe_layers"] = stacked(block_spec(config, dense=False), config.n_main_moe_layers)
+    spec["norm"] = gain(hidden, "embed")
+    if not config.tie_word_embeddings:
+        spec["lm_head"] = Spec((vocab, hidden), ("vocab", "embed"))
+    return spec
+
+
+def document_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions that restart where the segment changes."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :], segment_ids_BT.shape)
+    starts = jnp.concatenate(
+        [jnp.ones_like(segment_ids_BT[:, :1], bool), segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]], axis=1
+    )
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def make_context(segment_ids_BT: Int[Array, "B T"], config: ModelConfig, *, cross_document: bool) -> Context:
+    """Causal attention; without `cross_document`, within a segment only and with positions that restart in each."""
+    batch, length = segment_ids_BT.shape
+    index = jnp.arange(length, dtype=jnp.int32)
+    mask = jnp.broadcast_to((index[None, :] <= index[:, None])[None, :, :], (batch, length, length))
+    if cross_document:
+        positions = jnp.broadcast_to(index[None, :], (batch, length))
+    else:
+        positions = document_positions(segment_ids_BT)
+        mask = mask & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    return Context(rope_tables(positions, config), mask)
+
+
+def embed(params: Mapping[str, Any], tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
+    return params["embed_tokens"].astype(jnp.dtype(config.compute_dtype))[tokens]
+
+
+def head(params: Mapping[str, Any], config: ModelConfig) -> Float[Array, "V D"]:
+    return params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+
+
+def logits(params: Mapping[str, Any], normed_BTD: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T V"]:
+    """float32 logits of all positions; training uses the chunked loss instead."""
+    weight_VD = head(params, config).astype(normed_BTD.dtype)
+    return jnp.einsum("btd,vd->btv", normed_BTD, weight_VD, preferred_element_type=jnp.float32)
+
+
+def block(
+    params: Mapping[str, Any],
+    bias_E: Float[Array, " E"] | None,
+    x_BTD: Float[Array, "B T D"],
+    context: Context,
+    config: ModelConfig,
+) -> tuple[Float[Array, "B T D"], Routing | None]:
+    """Pre-norm attention and feed-forward; a mixture of experts where a router bias is given."""
+    normed = rms_norm(x_BTD, params["input_layernorm"], config.rms_norm_eps)
+    x_BTD = x_BTD + attention(params["self_attn"], normed, context.rope, context.mask_BTS, config)
+    normed = rms_norm(x_BTD, params["post_attention_layernorm"], config.rms_norm_eps)
+    if bias_E is None:
+        return x_BTD + swiglu(params["mlp"], normed), None
+    out_BTD, routing = moe(params["mlp"], bias_E, normed, config)
+    return x_BTD + out_BTD, routing
+
+
+def keep_routing(routing: Routing, extra: Any) -> Routing:
+    """The summary that keeps everything: chosen experts, gates, scores and margins of every layer."""
+    return routing
+
+
+def forward(
+    params: Mapping[str, Any],
+    bias_LE: Float[Array, "L E"],
+    tokens_BT: Int[Array, "B T"],
+    context: Context,
+    config: ModelConfig,
+    *,
+    summary: Summary = keep_routing,
+    extras: Any = None,
+) -> Hidden:
+    """The main model. `bias_LE` has a row for each MoE layer (rows of MTP layers, if any follow, are not read).
+
+    `summary(routing, extra)` is applied inside the scan to each MoE layer's routing and that layer's row of `extras`, so
+    that training keeps counts and a loss where a study keeps all of it.
+    """
+    x_BTD = embed(params, tokens_BT, config)
+
+    def dense_layer(x: Array, layer: Any) -> tuple[Array, None]:
+        return block(layer, None, x, context, config)[0], None
+
+    def moe_layer(x: Array, layer: Any) -> tuple[Array, Any]:
+        weights, bias_E, extra = layer
+        x, routing = block(weights, bias_E, x, context, config)
+        assert routing is not None
+        return x, summary(routing, extra)
+
+    if config.n_dense_layers:
+        x_BTD, _ = jax.lax.scan(rematerialised(dense_layer, config), x_BTD, params["dense_layers"])
+    kept = None
+    if config.n_main_moe_layers:
+        layers = (params["moe_layers"], bias_LE[: config.n_main_moe_layers], extras)
+        x_BTD, kept = jax.lax.scan(rematerialised(moe_layer, config), x_BTD, layers)
+    return Hidden(rms_norm(x_BTD, params["norm"], config.rms_norm_eps), x_BTD, kept)

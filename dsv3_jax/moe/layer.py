@@ -1,0 +1,50 @@
+"""One DeepSeekMoE layer, eqs. 12-13 [§2.1.2]: route, dispatch, experts, combine, beside the shared experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import swiglu, swiglu_spec
+from dsv3_jax.model.spec import Spec, SpecTree
+from dsv3_jax.moe.experts import routed_experts
+from dsv3_jax.moe.router import Routing, route
+
+
+def moe_spec(config: ModelConfig) -> SpecTree:
+    """Router, routed experts [E, ...] and one MLP as wide as all shared experts together."""
+    hidden, width, n_experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    up = Spec((n_experts, hidden, width), ("experts", "embed", "expert_mlp"))
+    spec: dict[str, Any] = {
+        "gate": Spec((hidden, n_experts), ("embed", "router")),
+        "experts": {
+            "gate_proj": up,
+            "up_proj": up,
+            "down_proj": Spec((n_experts, width, hidden), ("experts", "expert_mlp", "embed")),
+        },
+    }
+    if config.n_shared_experts:
+        spec["shared_experts"] = swiglu_spec(hidden, config.n_shared_experts * width)
+    return spec
+
+
+def moe(
+    params: Mapping[str, Any], bias_E: Float[Array, " E"], u_BTD: Float[Array, "B T D"], config: ModelConfig
+) -> tuple[Float[Array, "B T D"], Routing]:
+    """sum_i g_i FFN_i(u) + FFN_shared(u), and what the router decided. No token is dropped."""
+    routing = route(u_BTD, params["gate"], bias_E, config)
+    batch, length, hidden = u_BTD.shape
+    flat = (batch * length, -1)
+    experts = {name: weight.astype(u_BTD.dtype) for name, weight in params["experts"].items()}
+    y_ND = routed_experts(
+        u_BTD.reshape(flat),
+        routing.indices.reshape(flat),
+        routing.gates.reshape(flat),
+        experts,
+        implementation=config.experts_implementation,
+    )
+    y_BTD = y_ND.reshape(batch, length, hidden)
+    if config.n_shared_experts:
+        y_BTD = y_BTD + swiglu(params["shared_experts"], u_BTD)
+    return y_BTD, routing

@@ -1,0 +1,91 @@
+"""The router: affinities, node-limited selection on biased scores, gates from unbiased ones, eqs. 12-16 [§2.1.2]. Float32.
+
+A score function maps logits [..., E] to affinities [..., E]. A selector maps biased scores [..., E] to the same with -inf
+wherever a token may not choose; the top-k of what it returns is chosen. Both are names: built in, or
+`package.module:function` with these signatures (`function(logits)`; `function(biased, config)`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.plugins import resolve
+
+GATE_EPS = 1e-20  # released code's guard in the normalisation
+
+
+class Routing(NamedTuple):
+    """What one router decided for every token; stacked by layer in a model's output."""
+
+    indices: Int[Array, "*batch K"]  # by descending biased score, ties to the lower id
+    gates: Float[Array, "*batch K"]  # normalised and scaled
+    scores: Float[Array, "*batch E"]  # affinities s, unbiased
+    logits: Float[Array, "*batch E"]
+    margin: Float[Array, "*batch"]  # biased score of the last expert chosen minus that of the first one not; inf if none
+
+
+def group_limited(biased: Float[Array, "*batch E"], config: ModelConfig) -> Float[Array, "*batch E"]:
+    """Keeps the `topk_group` groups with the largest sum of their `group_score_topk` largest biased scores."""
+    if config.topk_group == config.n_group:
+        return biased
+    grouped = biased.reshape(*biased.shape[:-1], config.n_group, -1)
+    group_scores = jax.lax.top_k(grouped, config.group_score_topk)[0].sum(axis=-1)
+    kept = jax.lax.top_k(group_scores, config.topk_group)[1]
+    is_kept = (kept[..., None] == jnp.arange(config.n_group).reshape((1,) * kept.ndim + (-1,))).any(axis=-2)
+    return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(biased.shape)
+
+
+def unlimited(biased: Float[Array, "*batch E"], config: ModelConfig) -> Float[Array, "*batch E"]:
+    """Every expert may be chosen."""
+    return biased
+
+
+def _softmax(logits: Array) -> Array:
+    return jax.nn.softmax(logits, axis=-1)
+
+
+SCORE_FUNCTIONS: dict[str, Callable[..., Array]] = {"sigmoid": jax.nn.sigmoid, "softmax": _softmax}
+SELECTORS: dict[str, Callable[..., Array]] = {
+    "noaux_tc": group_limited,
+    "group_limited_greedy": group_limited,
+    "greedy": unlimited,
+}
+
+
+def route(
+    x: Float[Array, "*batch D"], weight_DE: Float[Array, "D E"], bias_E: Float[Array, " E"], config: ModelConfig
+) -> Routing:
+    """Eqs. 12-16. The bias moves selection only: no gradient flows through it or through the choice."""
+    logits = jnp.matmul(
+        x.astype(jnp.float32), weight_DE.astype(jnp.float32), precision="highest", preferred_element_type=jnp.float32
+    )
+    scores = resolve("scoring_func", config.scoring_func, SCORE_FUNCTIONS)(logits)
+    biased = jax.lax.stop_gradient(scores) + bias_E.reshape((1,) * (scores.ndim - 1) + (-1,))
+    eligible = resolve("topk_method", config.topk_method, SELECTORS)(biased, config)
+    k = config.num_experts_per_tok
+    values, order = jax.lax.top_k(eligible, min(k + 1, config.n_routed_experts))
+    indices = order[..., :k]
+    margin = values[..., k - 1] - values[..., k] if k < config.n_routed_experts else jnp.full(scores.shape[:-1], jnp.inf)
+    return Routing(indices, gates(scores, indices, config), scores, logits, margin)
+
+
+def gates(
+    scores: Float[Array, "*batch E"], indices: Int[Array, "*batch K"], config: ModelConfig
+) -> Float[Array, "*batch K"]:
+    """Eq. 13: the chosen experts' unbiased affinities, normalised if `norm_topk_prob`, scaled once."""
+    # A masked sum instead of a gather: its gradient is elementwise, where a gather's would be a scatter.
+    chosen = jnp.where(one_hot(indices, scores.shape[-1]), scores[..., None, :], 0.0).sum(axis=-1)
+    if config.norm_topk_prob:
+        chosen = chosen / (chosen.sum(axis=-1, keepdims=True) + GATE_EPS)
+    return chosen * config.routed_scaling_factor
+
+
+def one_hot(indices: Int[Array, "*batch K"], n_experts: int) -> Array:
+    """bool [*batch, K, E]."""
+    return indices[..., None] == jnp.arange(n_experts, dtype=indices.dtype).reshape((1,) * indices.ndim + (-1,))
+
+

@@ -1,0 +1,107 @@
+"""Presets: DeepSeek-V3 as released, its relatives, and sizes that train on a laptop [§4.2].
+
+A released preset carries the released YaRN window. To pre-train at 4K as the report does, before the extension of §4.3,
+set `rope_scaling=null`.
+"""
+
+from dataclasses import replace
+
+from dsv3_jax.config import Config, DataConfig, ModelConfig, RopeScaling, TrainConfig
+
+_NO_BIAS = dict(scoring_func="softmax", norm_topk_prob=False, group_score_topk=1)
+_V2_YARN = RopeScaling(mscale=0.707, mscale_all_dim=0.707)
+
+DEEPSEEK_V3_671B = ModelConfig()
+
+DEEPSEEK_V2 = ModelConfig(
+    vocab_size=102400, hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=60,
+    first_k_dense_replace=1, n_routed_experts=160, n_shared_experts=2, num_experts_per_tok=6, n_group=8, topk_group=3,
+    topk_method="group_limited_greedy", routed_scaling_factor=16.0, rope_scaling=_V2_YARN, num_nextn_predict_layers=0,
+    **_NO_BIAS,
+)  # fmt: skip
+
+DEEPSEEK_V2_LITE = ModelConfig(
+    vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
+    first_k_dense_replace=1, num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, n_routed_experts=64,
+    n_shared_experts=2, num_experts_per_tok=6, n_group=1, topk_group=1, topk_method="greedy", routed_scaling_factor=1.0,
+    rope_scaling=_V2_YARN, num_nextn_predict_layers=0, **_NO_BIAS,
+)  # fmt: skip
+
+MOONLIGHT_16B_A3B = ModelConfig(
+    vocab_size=163840, hidden_size=2048, intermediate_size=11264, moe_intermediate_size=1408, num_hidden_layers=27,
+    first_k_dense_replace=1, num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, n_routed_experts=64,
+    n_shared_experts=2, num_experts_per_tok=6, n_group=1, topk_group=1, routed_scaling_factor=2.446, rope_theta=50000.0,
+    rope_scaling=None, max_position_embeddings=8192, rms_norm_eps=1e-5, num_nextn_predict_layers=0,
+)  # fmt: skip
+
+KIMI_K2 = ModelConfig(
+    vocab_size=163840, num_attention_heads=64, num_key_value_heads=64, first_k_dense_replace=1, n_routed_experts=384,
+    n_group=1, topk_group=1, routed_scaling_factor=2.827, rope_theta=50000.0,
+    rope_scaling=RopeScaling(factor=32.0, beta_fast=1.0, beta_slow=1.0), max_position_embeddings=131072,
+    num_nextn_predict_layers=0,
+)  # fmt: skip
+
+GLM_4_7_FLASH = ModelConfig(
+    vocab_size=154880, hidden_size=2048, intermediate_size=10240, moe_intermediate_size=1536, num_hidden_layers=47,
+    first_k_dense_replace=1, num_attention_heads=20, num_key_value_heads=20, q_lora_rank=768, qk_nope_head_dim=192,
+    v_head_dim=256, n_routed_experts=64, num_experts_per_tok=4, n_group=1, topk_group=1, routed_scaling_factor=1.8,
+    rope_theta=1_000_000.0, rope_scaling=None, max_position_embeddings=202752, rms_norm_eps=1e-5,
+)  # fmt: skip
+
+# For tests, ablations and laptops: every mechanism of V3, small.
+_SMALL = dict(rope_scaling=None, max_position_embeddings=4096, compute_dtype="float32", remat="none")
+
+TINY = ModelConfig(
+    vocab_size=1024, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,
+    first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16,
+    qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=16, num_experts_per_tok=4, n_group=4,
+    topk_group=2, initializer_range=0.02, **_SMALL,
+)  # fmt: skip
+
+QUICK = ModelConfig(
+    vocab_size=4096, hidden_size=192, intermediate_size=512, moe_intermediate_size=96, num_hidden_layers=4,
+    first_k_dense_replace=1, num_attention_heads=6, num_key_value_heads=6, q_lora_rank=96, kv_lora_rank=64,
+    qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16, num_experts_per_tok=4, n_group=4,
+    topk_group=2, initializer_range=0.02, **_SMALL,
+)  # fmt: skip
+
+# The two shapes of the benchmarks.
+BENCH = ModelConfig(
+    vocab_size=4096, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=4,
+    first_k_dense_replace=1, num_attention_heads=8, num_key_value_heads=8, q_lora_rank=96, kv_lora_rank=64,
+    qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16, num_experts_per_tok=4, n_group=4,
+    topk_group=2, num_nextn_predict_layers=0, initializer_range=0.02, **_SMALL,
+)  # fmt: skip
+
+MID = ModelConfig(
+    vocab_size=8192, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=8,
+    first_k_dense_replace=1, num_attention_heads=8, num_key_value_heads=8, q_lora_rank=192, kv_lora_rank=128,
+    qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=64, num_experts_per_tok=6, n_group=8,
+    topk_group=4, num_nextn_predict_layers=0, initializer_range=0.02, **_SMALL,
+)  # fmt: skip
+
+_SMALL_TRAIN = TrainConfig(
+    steps=300, batch_size=8, batch_size_start=8, warmup_steps=20, learning_rate=2e-3, learning_rate_min=2e-4,
+    learning_rate_final=7e-5, bias_update_speed=1e-3, ema_decay=0.98, moment_dtype="float32", checkpoint_every=100,
+)  # fmt: skip
+_SMALL_DATA = DataConfig(seq_len=256)
+
+PRESETS: dict[str, Config] = {
+    "deepseek_v3_671b": Config(model=DEEPSEEK_V3_671B),
+    "deepseek_v2": Config(model=DEEPSEEK_V2),
+    "deepseek_v2_lite": Config(model=DEEPSEEK_V2_LITE),
+    "moonlight_16b_a3b": Config(model=MOONLIGHT_16B_A3B),
+    "kimi_k2": Config(model=KIMI_K2),
+    "glm_4_7_flash": Config(model=GLM_4_7_FLASH),
+    "tiny": Config(model=TINY, train=_SMALL_TRAIN, data=replace(_SMALL_DATA, seq_len=128)),
+    "quick": Config(model=QUICK, train=_SMALL_TRAIN, data=_SMALL_DATA),
+    "bench": Config(model=BENCH, train=_SMALL_TRAIN, data=_SMALL_DATA),
+    "mid": Config(model=MID, train=_SMALL_TRAIN, data=_SMALL_DATA),
+}
+
+
+def preset(name: str) -> Config:
+    """Raises ValueError that lists the presets if `name` is none of them."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,1 @@
+"""Objective, optimiser, schedules, step, and the loop around it [§4.2]."""

@@ -1,0 +1,85 @@
+"""Cross entropy over the vocabulary without ever holding the logits of all positions."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+
+def chunk_length(batch: int, length: int, vocab: int, max_elements: int) -> int:
+    """Positions of a sequence whose logits are alive at a time: within `max_elements`, and at most a quarter of all."""
+    return max(1, min(max_elements // (batch * vocab), -(-length // 4)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """sum(weights * nll) and nll [B, T], float32 nats, of softmax(hidden @ head^T), `chunk` positions at a time.
+
+    Differentiable in `hidden` and `head`, through the sum alone; nll is for reports. Under differentiation each chunk's
+    share of both gradients is computed while its logits are at hand, so that they are never formed twice.
+    """
+
+    def one_chunk(total: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
+        hidden, targets, weights = xs
+        _, _, nll_BC = _chunk_nll(hidden, head_VD, targets)
+        return total + (weights * nll_BC).sum(), nll_BC
+
+    total, nll = jax.lax.scan(one_chunk, jnp.float32(0), _chunks(chunk, hidden_BTD, targets_BT, weights_BT))
+    return total, _whole(nll, hidden_BTD)
+
+
+def _forward(hidden_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array, chunk: int) -> tuple[Any, Any]:
+    def one_chunk(carry: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        (total, d_head), (hidden, targets, weights) = carry, xs
+        log_p_BCV, is_target_BCV, nll_BC = _chunk_nll(hidden, head_VD, targets)
+        d_logits = (jnp.exp(log_p_BCV) - is_target_BCV.astype(jnp.float32)) * weights[:, :, None]
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, head_VD)
+        d_head = d_head + jnp.einsum("bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return (total + (weights * nll_BC).sum(), d_head), (nll_BC, d_hidden)
+
+    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    (total, d_head), (nll, d_hidden) = jax.lax.scan(one_chunk, start, _chunks(chunk, hidden_BTD, targets_BT, weights_BT))
+    return (total, _whole(nll, hidden_BTD)), (_whole(d_hidden, hidden_BTD), d_head.astype(head_VD.dtype))
+
+
+def _backward(chunk: int, gradients: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    d_hidden, d_head = gradients
+    scale = cotangents[0]
+    return d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunk_nll(hidden_BCD: Array, head_VD: Array, targets_BC: Array) -> tuple[Array, Array, Array]:
+    """log-probabilities [B, C, V], which of them is the target, and its nll [B, C]."""
+    logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+    log_p_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
+    vocabulary = jnp.arange(head_VD.shape[0], dtype=targets_BC.dtype)
+    is_target_BCV = targets_BC[:, :, None] == vocabulary[None, None, :]
+    return log_p_BCV, is_target_BCV, -jnp.where(is_target_BCV, log_p_BCV, 0.0).sum(axis=-1)
+
+
+def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """[B, T, ...] -> [chunks, B, chunk, ...], the tail padded with zeros (weight 0)."""
+
+    def cut(array: Array) -> Array:
+        padding = -array.shape[1] % chunk
+        padded = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
+        return rearrange(padded, "b (n c) ... -> n b c ...", c=chunk)
+
+    return tuple(cut(array) for array in arrays)
+
+
+def _whole(chunks: Array, like_BTD: Array) -> Array:
+    return rearrange(chunks, "n b c ... -> b (n c) ...")[:, : like_BTD.shape[1]]

@@ -1,0 +1,151 @@
+"""The objective of §2.2 and §2.1.2: cross entropy + lambda * MTP + alpha * balance, of one micro-batch.
+
+Every term is a sum over this micro-batch divided by a total over the whole optimiser step (`Totals`), so the objective of
+a step is the plain sum over its micro-batches, whatever their number, padding included.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import Config
+from dsv3_jax.model.mtp import Depth, mtp_forward, predicts_within_document, shifted
+from dsv3_jax.model.transformer import Hidden, Summary, forward, head, make_context
+from dsv3_jax.moe.balance import Controller, Scope, count_load
+from dsv3_jax.moe.router import Routing
+from dsv3_jax.training.loss import chunk_length, cross_entropy
+
+Batch = Mapping[str, Int[Array, "B S"]]  # tokens, segment_ids, domain_ids; S = inputs and the last target
+
+
+class Totals(NamedTuple):
+    """What the terms are divided by, over all micro-batches of a step; float32. Depth 0 is the main model."""
+
+    targets_Q: Float[Array, " Q"]  # predicted tokens of each depth, Q = 1 + MTP depths
+    tokens_L: Float[Array, " L"]  # tokens that each MoE layer's router counts
+    sequences_L: Float[Array, " L"]  # rows that have such a token
+    load_LE: Int[Array, "L E"] | None  # from the counting pass, where the controller needs one
+
+
+class Terms(NamedTuple):
+    """One micro-batch's share of the step's sums; adding them over micro-batches gives the step's values."""
+
+    loss: Float[Array, ""]
+    depth_loss_Q: Float[Array, " Q"]  # mean nats per target of each depth
+    balance_loss: Float[Array, ""]  # weighted by alpha
+    load_LE: Int[Array, "L E"]
+    domain_loss_M: Float[Array, " M"]  # sum of nats by the target's domain
+    domain_targets_M: Int[Array, " M"]
+
+
+def counted_tokens(batch: Batch, config: Config) -> list[Bool[Array, "B T"]]:
+    """Tokens that each MoE layer's router counts: all but padding; in an MTP layer, those that have a target."""
+    main = batch["segment_ids"][:, :-1] != 0
+    depths = range(1, config.model.num_nextn_predict_layers + 1)
+    return [main] * config.model.n_main_moe_layers + [predicts_within_document(batch["segment_ids"], k) for k in depths]
+
+
+def batch_totals(batch: Batch, config: Config) -> Totals:
+    """Totals over a batch of all rows of an optimiser step."""
+    depths = range(config.model.num_nextn_predict_layers + 1)
+    targets = [predicts_within_document(batch["segment_ids"], k).sum(dtype=jnp.float32) for k in depths]
+    counted = counted_tokens(batch, config)
+    tokens = jnp.array([c.sum(dtype=jnp.float32) for c in counted], jnp.float32)
+    sequences = jnp.array([c.any(axis=1).sum(dtype=jnp.float32) for c in counted], jnp.float32)
+    return Totals(jnp.stack(targets), tokens, sequences, load_LE=None)
+
+
+def run_model(
+    params: Any, bias_LE: Float[Array, "L E"], batch: Batch, config: Config, summary: Summary, extras_L: Any
+) -> tuple[Hidden, list[Depth], Any]:
+    """Main and MTP forward passes; `summary(routing, (counted, extra))` of every MoE layer, stacked [L, ...]."""
+    model, n_main = config.model, config.model.n_main_moe_layers
+    tokens, segments = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
+    context = make_context(segments, model, cross_document=config.data.cross_document_attention)
+    counted = counted_tokens(batch, config)
+
+    def summarise_main(routing: Routing, extra: Any) -> Any:
+        return summary(routing, (counted[0], extra))
+
+    main_extras, mtp_extras = (jax.tree.map(lambda a, s=s: a[s], extras_L) for s in (slice(n_main), slice(n_main, None)))
+    main = forward(params, bias_LE, tokens, context, model, summary=summarise_main, extras=main_extras)
+    if not model.num_nextn_predict_layers:
+        return main, [], main.layers
+    mtp_counted = jnp.stack(counted[n_main:])
+    depths = mtp_forward(
+        params, bias_LE, tokens, main, context, model, summary=summary, extras=(mtp_counted, mtp_extras)
+    )
+    layers = jax.tree.map(lambda *rows: jnp.stack(rows), *(d.layer for d in depths))
+    if main.layers is not None:
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), main.layers, layers)
+    return main, depths, layers
+
+
+def count_batch(params: Any, bias_LE: Float[Array, "L E"], batch: Batch, config: Config) -> Int[Array, "L E"]:
+    """Load of every MoE layer's experts, by a forward pass alone."""
+
+    def count(routing: Routing, extra: Any) -> Array:
+        return count_load(routing.indices, extra[0], config.model.n_routed_experts)
+
+    return run_model(params, bias_LE, batch, config, count, None)[2]
+
+
+def depth_losses(params: Any, batch: Batch, hidden: list[Array], config: Config) -> list[tuple[Array, Array]]:
+    """(sum over targets, nats [B, T] with 0 where there is none) of each depth; `hidden` holds every depth's normed states."""
+    weight_VD = head(params, config.model).astype(hidden[0].dtype)
+    batch_size, length, _ = hidden[0].shape
+    chunk = chunk_length(batch_size, length, config.model.vocab_size, config.train.loss_chunk_elements)
+    losses = []
+    for k, hidden_BTD in enumerate(hidden):
+        targets = shifted(batch["tokens"], k + 1)[:, :-1]
+        weights = predicts_within_document(batch["segment_ids"], k).astype(jnp.float32)
+        total, nll_BT = cross_entropy(hidden_BTD, weight_VD, targets, weights, chunk)
+        losses.append((total, nll_BT * weights))
+    return losses
+
+
+def by_domain(batch: Batch, nll_BT: Float[Array, "B T"], n_domains: int) -> tuple[Array, Array]:
+    """Sum of nats and number of the main model's targets, by the domain of the target: f32 [M], int32 [M]."""
+    has_target = predicts_within_document(batch["segment_ids"], 0)
+    domains = jnp.arange(n_domains, dtype=jnp.int32)
+    is_domain = (batch["domain_ids"][:, 1:, None] == domains[None, None, :]) & has_target[:, :, None]
+    return jnp.where(is_domain, nll_BT[:, :, None], 0.0).sum(axis=(0, 1)), is_domain.sum(axis=(0, 1), dtype=jnp.int32)
+
+
+def objective(
+    params: Any,
+    bias_LE: Float[Array, "L E"],
+    batch: Batch,
+    totals: Totals,
+    mtp_weight: Float[Array, ""],
+    config: Config,
+    controller: Controller,
+    n_domains: int,
+) -> tuple[Float[Array, ""], Terms]:
+    """This micro-batch's share of the step's objective, differentiable in `params`."""
+    model, train = config.model, config.train
+
+    def summarise(routing: Routing, extra: Any) -> tuple[Array, Array]:
+        valid, (tokens, sequences, load) = extra
+        own_load = count_load(routing.indices, valid, model.n_routed_experts)
+        if controller.loss is None:
+            return own_load, jnp.float32(0)
+        scope = Scope(valid, sequences, tokens, own_load if load is None else load)
+        return own_load, controller.loss(routing, scope, model)
+
+    extras_L = (totals.tokens_L, totals.sequences_L, totals.load_LE)
+    main, depths, layers = run_model(params, bias_LE, batch, config, summarise, extras_L)
+    load_LE, balance_L = layers or (jnp.zeros((0, model.n_routed_experts), jnp.int32), jnp.zeros((0,), jnp.float32))
+
+    losses = depth_losses(params, batch, [main.normed_BTD, *(d.normed_BTD for d in depths)], config)
+    depth_loss_Q = jnp.stack([total for total, _ in losses]) / jnp.maximum(totals.targets_Q, 1.0)
+    mtp = mtp_weight * depth_loss_Q[1:].sum() / max(1, model.num_nextn_predict_layers)
+
+    balanced = balance_L if train.balance_mtp else balance_L[: model.n_main_moe_layers]
+    n_summed = max(1, balanced.shape[0]) if train.aux_loss_reduction == "mean" else 1
+    balance = controller.alpha * balanced.sum() / n_summed
+    loss = depth_loss_Q[0] + mtp + balance
+    return loss, Terms(loss, depth_loss_Q, balance, load_LE, *by_domain(batch, losses[0][1], n_domains))
