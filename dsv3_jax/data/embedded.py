@@ -1,0 +1,181 @@
+"""The embedded corpus: real text out of the installed dependencies and the running Python, and generated arithmetic.
+
+Nothing is downloaded and nothing is shipped: `constraints.txt` pins what is read, so the same installation gives the same
+bytes (printed with their SHA-256). A Python file is read either as source or for its docstrings, never both.
+"""
+
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from dsv3_jax.data.arithmetic import arithmetic_documents
+from dsv3_jax.data.documents import Document, split_long
+
+VERSION = 1  # raise it when a change below gives other documents
+DOMAINS = ("python", "english", "c", "licences", "markup", "arithmetic")
+CAPS = {"python": 9_000_000, "english": 7_000_000, "c": 3_000_000, "licences": 2_000_000, "markup": 2_000_000}
+ARITHMETIC_BYTES = 1_500_000
+# Characters; longer files are cut, so that one file cannot fill the held-out text; finer where there is little text.
+PIECE = {"python": 8_000, "english": 8_000, "c": 8_000, "licences": 3_000, "markup": 3_000}
+FILE_CAP = 300_000  # larger files are tables or generated
+SHORTEST = 200
+DIGIT_SHARE = 0.15  # above it, a file is a table of numbers
+
+DOCSTRING_PACKAGES = ("numpy", "scipy", "matplotlib", "optax", "tensorstore")
+SOURCE_PACKAGES = (
+    "jax", "flax", "orbax-checkpoint", "grain", "etils", "absl-py", "einops", "tqdm", "jaxtyping", "treescope", "fonttools",
+    "rich", "huggingface-hub", "pillow", "protobuf", "fsspec", "humanize", "psutil", "pyparsing", "packaging",
+)  # fmt: skip
+OTHER_PACKAGES = ("jaxlib", "ml-dtypes", "tokenizers", "pygments", "contourpy", "kiwisolver", "cycler", "python-dateutil",
+                  "pyyaml", "typing-extensions", "msgpack", "simplejson", "uvloop", "aiofiles")  # fmt: skip
+PACKAGES = DOCSTRING_PACKAGES + SOURCE_PACKAGES + OTHER_PACKAGES
+MARKUP = {".html", ".xml", ".svg", ".js", ".css", ".yaml", ".toml", ".sh", ".po", ".mplstyle", ".proto", ".def", ".xbm"}
+LICENCE = re.compile(r"(?i)(licen[sc]e|copying|notice|copyright)[\w.-]*$")
+SKIPPED_DIRECTORIES = {
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings", "sboms",
+}  # fmt: skip
+
+
+def documents() -> Iterator[Document]:
+    """All documents, copies included, in a fixed order."""
+    for domain, texts in _readers().items():
+        size = 0
+        for text in texts():
+            for piece in split_long(text, PIECE[domain]):
+                if len(piece) >= SHORTEST and size < CAPS[domain]:
+                    size += len(piece.encode())
+                    yield Document(domain, piece)
+            if size >= CAPS[domain]:
+                break
+    for text in arithmetic_documents(ARITHMETIC_BYTES):
+        yield Document("arithmetic", text)
+
+
+def fingerprint() -> str:
+    """Digest of everything the documents depend on: this code's version, Python, and the packages' versions."""
+    versions = [f"{name}=={version}" for name in sorted(PACKAGES) if (version := _version(name))]
+    parts = [f"embedded {VERSION}", platform.python_version(), str(_include()), *versions]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _readers() -> dict[str, Callable[[], Iterable[str]]]:
+    """Domain -> its texts. Licences first: a licence quoted in a source is the copy, not the other way round."""
+    return {
+        "licences": partial(_texts, _files(PACKAGES, _is_licence, stdlib=True)),
+        "english": _english,
+        "python": partial(_sources, r"#[^\n]*\n", _files(SOURCE_PACKAGES, _is_python, stdlib=True)),
+        "c": partial(_sources, r"/\*.*?\*/|//[^\n]*\n", [*_files(PACKAGES, _is_c), *_headers()]),
+        "markup": partial(_texts, _files(PACKAGES, lambda path: path.suffix in MARKUP, stdlib=True)),
+    }
+
+
+def _is_licence(path: Path) -> bool:
+    return bool(LICENCE.match(path.name)) and path.suffix in ("", ".txt", ".md", ".rst", ".APACHE", ".BSD")
+
+
+def _is_python(path: Path) -> bool:
+    return path.suffix == ".py" and not path.name.endswith(("_test.py", "_pb2.py", "_gen.py"))
+
+
+def _is_c(path: Path) -> bool:
+    return path.suffix in (".h", ".hpp", ".cc", ".cpp") or (path.suffix == ".c" and "numpy" in path.parts)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _include() -> Path | None:
+    path = Path(sysconfig.get_paths()["include"])
+    return path if (path / "Python.h").exists() else None
+
+
+def _headers() -> list[Path]:
+    include = _include()
+    return _shuffled((path, path.relative_to(include)) for path in include.rglob("*.h")) if include else []
+
+
+def _files(packages: Iterable[str], wanted: Callable[[Path], bool], stdlib: bool = False) -> list[Path]:
+    """Files of the installed packages (and the standard library), in an order that mixes the packages."""
+    found: list[tuple[Path, Path]] = []
+    for package in packages:
+        if _version(package):
+            for file in importlib.metadata.files(package) or []:
+                found.append((Path(str(file.locate())), Path(package, file)))
+    if stdlib:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        found += [(path, Path("stdlib", path.relative_to(root))) for path in root.rglob("*")]
+    return _shuffled((path, name) for path, name in found if wanted(path) and not SKIPPED_DIRECTORIES.intersection(name.parts))
+
+
+def _shuffled(paths: Iterable[tuple[Path, Path]]) -> list[Path]:
+    """By the hash of the portable name, so that a byte cap takes a sample and not the first letters of the alphabet."""
+    return [path for path, name in sorted(paths, key=lambda pair: hashlib.sha256(pair[1].as_posix().encode()).digest())]
+
+
+def _texts(paths: Iterable[Path]) -> Iterator[str]:
+    """Contents of the files that are UTF-8 text, not too large, and not tables of numbers."""
+    for path in paths:
+        if not path.is_file() or path.stat().st_size > FILE_CAP:
+            continue
+        try:
+            text = path.read_bytes().decode().replace("\r\n", "\n")
+        except UnicodeDecodeError:
+            continue  # binary data and legacy encodings among the packages' files are not text for us
+        if "\0" not in text and sum(map(text.count, "0123456789")) <= DIGIT_SHARE * len(text):
+            yield text
+
+
+def _sources(comments: str, paths: Iterable[Path]) -> Iterator[str]:
+    return (_without_header(comments, text) for text in _texts(paths))
+
+
+def _without_header(comments: str, text: str) -> str:
+    """A source without its leading comments: hundreds of files open with the same licence."""
+    return re.sub(rf"\A(?:\s*(?:{comments}))+\s*", "", text, flags=re.DOTALL)
+
+
+def _english() -> Iterator[str]:
+    """Descriptions of the packages, the language reference as `help()` knows it, and docstrings of modules."""
+    for package in PACKAGES:
+        if _version(package):
+            yield importlib.metadata.metadata(package).json.get("description", "")  # type: ignore[misc]
+    yield from _texts(_files(PACKAGES, lambda p: p.suffix in (".md", ".rst") and not _is_licence(p), stdlib=True))
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:  # some distributions package it apart
+        topics = {}
+    yield from (topics[name] for name in sorted(topics))
+    for source in _texts(_files(DOCSTRING_PACKAGES, _is_python)):
+        if text := docstrings(source):
+            yield text
+
+
+def docstrings(source: str) -> str:
+    """The docstrings of a module, its classes and functions, without doctests; empty if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "\n\n".join(_without_doctests(text) for text in found if text and len(text) > 80)
+
+
+def _without_doctests(text: str) -> str:
+    """Drops every paragraph with a prompt in it: prompt and printed result are code, not prose."""
+    paragraphs = re.split(r"\n\s*\n", text)
+    return "\n\n".join(paragraph for paragraph in paragraphs if ">>>" not in paragraph)
