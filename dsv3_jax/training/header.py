@@ -1,0 +1,52 @@
+"""What a run says about itself before its first step: machine, model, corpus, and where it leaves the published recipe."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+
+from dsv3_jax.config import RECIPE, Config, recipe_differences, to_dict
+from dsv3_jax.model.count import count_parameters
+from dsv3_jax.training.schedules import total_steps, total_tokens
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "orbax-checkpoint", "tokenizers")
+
+
+def describe(config: Config, domains: list[str], data_summary: dict[str, Any]) -> dict[str, Any]:
+    """JSON-able record of everything that a run's numbers depend on: `run.json`."""
+    return {
+        "config": to_dict(config),
+        "recipe_differences": recipe_differences(config),
+        "parameters": count_parameters(config.model)._asdict(),
+        "total_steps": total_steps(config),
+        "total_tokens": total_tokens(config),
+        "domains": domains,
+        "data": data_summary,
+        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
+        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
+    }
+
+
+def header_lines(run: dict[str, Any]) -> list[str]:
+    """`run` (from `describe`) for a terminal, at most 100 columns wide."""
+    counts = run["parameters"]
+    lines = [
+        f"devices     {len(run['devices'])} x {run['devices'][0]}; "
+        + ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name in ("python", "jax", "jaxlib")),
+        f"parameters  {counts['total']:,} in the main model, {counts['active_with_head']:,} activated per token, "
+        f"{counts['mtp']:,} in MTP",
+        f"corpus      {'domain':<12}{'bytes':>11}{'held out':>11}  SHA-256",
+        *(
+            f"            {name[:12]:<12}{row['bytes']:>11,}{row['held_out_bytes']:>11,}  {row['sha256'][:48]}"
+            for name, row in run["data"]["domains"].items()
+        ),
+        f"length      {run['total_steps']:,} steps, {run['total_tokens']:,} tokens",
+        "counts      expert counts and balance losses: over a step's whole batch (nothing in micro-batch scope)",
+    ]
+    differences = run["recipe_differences"]
+    lines.append(f"recipe      {len(differences)} differences from the published one in router, balancing, MTP and schedules")
+    for topic in RECIPE:
+        inside = [line.removeprefix(f"{topic}: ") for line in differences if line.startswith(f"{topic}: ")]
+        lines += [f"  {topic if i == 0 else '':<10}{line}" for i, line in enumerate(inside)]
+    return lines

@@ -1,0 +1,296 @@
+"""A training run [§4]: everything that touches files, clocks and signals around the pure step.
+
+workdir/run.json        config, versions, corpus and its SHA-256, differences from the published recipe
+workdir/metrics.jsonl   one object a step        workdir/routing.bin   expert counts and router bias of every step
+workdir/checkpoints/    complete or absent       workdir/validation.json, validation_load.npy   at the end
+"""
+
+import json
+import signal
+import threading
+import time
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from dsv3_jax.config import Config, override
+from dsv3_jax.data.pipeline import Data, build_data
+from dsv3_jax.training import schedules
+from dsv3_jax.training.checkpoint import Checkpoint, Checkpoints, Progress
+from dsv3_jax.training.ema import Ema, init_ema, update_ema
+from dsv3_jax.training.evaluate import Validation, validate
+from dsv3_jax.training.header import describe, header_lines
+from dsv3_jax.training.journal import Journal, finite, write_json
+from dsv3_jax.training.step import Hyper, TrainState, init_state, make_eval_step, make_train_step
+
+
+class Result(NamedTuple):
+    """`validation` is what validation.json holds; None when the run stopped before its end."""
+
+    state: TrainState
+    ema: Ema | None
+    step: int
+    validation: dict[str, Any] | None
+    interrupted: bool
+
+
+class Done(NamedTuple):
+    """A step that was handed to the device, with what the host knows of it. Its arrays may not be there yet."""
+
+    step: int
+    tokens: int
+    sequences: int
+    hyper: dict[str, float]
+    metrics: dict[str, Any]
+    bias: Any  # a copy: the state's own is donated to the next step
+    validation: dict[str, Any] | None = None
+
+
+def train(
+    config: Config,
+    workdir: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    step_limit: int | None = None,
+) -> Result:
+    """Train `config` in `workdir` to its end, or through step `step_limit`, or until Ctrl-C; checkpoints all the way.
+
+    Raises ValueError (bad config or data, a run is there and `resume` is not given, a checkpoint of another config or a
+    damaged one), OSError (disk) and FloatingPointError (`nonfinite_limit` steps in a row without a finite gradient).
+    """
+    workdir = Path(workdir)
+    if not resume and any((workdir / name).exists() for name in ("run.json", "checkpoints")):
+        raise ValueError(f"{workdir} holds a run already; add --resume to continue it, or take another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    data = build_data(config.data, config.model.vocab_size)
+    with Checkpoints(workdir / "checkpoints", config) as checkpoints:
+        start = _start(config, checkpoints)
+        if start.progress.step < schedules.total_steps(config):
+            (workdir / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
+        run = describe(config, list(data.domains), data.summary)
+        write_json(workdir / "run.json", run)
+        if progress:
+            print("\n".join(header_lines(run)), flush=True)
+        with Journal(workdir, config.model.n_moe_layers, config.model.n_routed_experts, start.progress.step) as journal:
+            end, interrupted = _run(config, data, start, checkpoints, journal, progress, step_limit)
+        checkpoints.save(end)
+        checkpoints.wait()
+    finished = end.progress.step == run["total_steps"]
+    validation = _final_validation(config, data, end, workdir) if finished else None
+    return Result(end.state, end.ema, end.progress.step, validation, interrupted)
+
+
+@lru_cache(maxsize=4)
+def _compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
+    return make_train_step(config, n_domains), make_eval_step(config, n_domains)
+
+
+def compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
+    """Training and evaluation step; runs that differ in their seeds alone share them within a process."""
+    return _compiled_steps(override(config, {"seed": 0, "data_seed": 0}), n_domains)
+
+
+def eval_bytes(data: Data) -> dict[str, int]:
+    """Bytes of held-out text by domain."""
+    return dict(zip(data.domains, data.eval_bytes.tolist(), strict=True))
+
+
+def master_weights(state: TrainState) -> Any:
+    """The parameters at full precision."""
+    return state.params if state.opt_state.master is None else state.opt_state.master
+
+
+def _start(config: Config, checkpoints: Checkpoints) -> Checkpoint:
+    """The newest checkpoint, or step 0."""
+    like = jax.eval_shape(lambda: init_state(config))
+    ema = init_ema(like.params) if config.train.ema_decay else None
+    if checkpoints.latest() is not None:
+        return checkpoints.restore(like, ema)
+    return Checkpoint(init_state(config), ema, Progress(step=0, tokens=0, data_state=None))
+
+
+def _hyper(config: Config, progress: Progress, total: int) -> dict[str, float]:
+    train, tokens = config.train, progress.tokens
+    return {
+        "learning_rate": schedules.learning_rate(train, tokens, total, progress.step + 1),
+        "bias_update_speed": schedules.bias_update_speed(train, tokens, total),
+        "mtp_loss_weight": schedules.mtp_loss_weight(train, tokens, total),
+    }
+
+
+def _run(
+    config: Config,
+    data: Data,
+    start: Checkpoint,
+    checkpoints: Checkpoints,
+    journal: Journal,
+    show: bool,
+    step_limit: int | None,
+) -> tuple[Checkpoint, bool]:
+    """The steps after `start`. The host writes down a step, and fetches the next batch, while the device is at work."""
+    train, total, n_steps = config.train, schedules.total_tokens(config), schedules.total_steps(config)
+    last = min(n_steps, step_limit or n_steps)
+    train_step, eval_step = compiled_steps(config, len(data.domains))
+    (state, ema, progress), pending = start, None
+    batches = data.train_batches(train, start_state=progress.data_state)
+    skipped = _Skipped(train.nonfinite_limit, int(state.skipped_in_row), int(state.skipped_total))
+
+    def sequences_after(tokens: int) -> int:
+        return schedules.batch_sequences(train, tokens, total)
+
+    with _Interrupt() as interrupt, _Bar(n_steps, progress.step, show) as bar:
+
+        def settle(done: Done | None) -> None:
+            """Wait for `done` and write it down."""
+            if done is not None:
+                record, load, bias = _record(done, data.domains, skipped, bar.seconds())
+                journal.write(record, load, bias)
+                bar.show(record)
+                skipped.check(record)
+
+        batch = batches.next_batch(sequences_after(progress.tokens)) if progress.step < last else None
+        while progress.step < last and not interrupt.asked:
+            hyper, data_state = _hyper(config, progress, total), batches.get_state()
+            sequences = sequences_after(progress.tokens)
+            state, metrics = train_step(state, batch, Hyper(*(jnp.float32(x) for x in hyper.values())))
+            progress = Progress(progress.step + 1, progress.tokens + sequences * config.data.seq_len, data_state)
+            settle(pending)
+            pending = Done(progress.step, progress.tokens, sequences, hyper, metrics, jnp.copy(state.bias))
+            if progress.step < last:
+                batch = batches.next_batch(sequences_after(progress.tokens))
+            if ema is not None and progress.step % train.ema_every == 0:
+                ema = update_ema(ema, master_weights(state), train.ema_decay)
+            if train.eval_every and progress.step % train.eval_every == 0:
+                pending = pending._replace(validation=_scores(config, data, eval_step, state.params, state.bias).scores)
+            if progress.step % train.checkpoint_every == 0:
+                settle(pending)  # first the record, then the checkpoint: no checkpoint is ahead of its records
+                pending = None
+                checkpoints.save(Checkpoint(state, ema, progress))
+        settle(pending)
+        return Checkpoint(state, ema, progress), interrupt.asked
+
+
+def _record(done: Done, domains: Any, skipped: "_Skipped", seconds: float) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """The step's line of metrics.jsonl, its expert counts, and the bias after it."""
+    metrics, bias = jax.device_get((done.metrics, done.bias))
+    names = [name for name in ("loss", "grad_norm") if finite(metrics[name]) is None]
+    assert bool(names) == bool(metrics["nonfinite"]), "the step skips exactly what is not finite"
+    skipped.count(bool(names))
+    max_vio = [finite(v) for v in metrics["max_vio"]]
+    sums = zip(domains, metrics["domain_loss_sum"], metrics["domain_tokens"], strict=True)
+    record = {
+        "step": done.step,
+        "tokens": done.tokens,
+        **{name: finite(metrics[name]) for name in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm")},
+        **done.hyper,
+        "sequences": done.sequences,
+        "targets": int(metrics["tokens"]),
+        "max_vio": max_vio,
+        "max_vio_mean": sum(v or 0.0 for v in max_vio) / max(1, len(max_vio)),
+        "dead_experts": metrics["dead_experts"].tolist(),
+        "domain_loss": {name: finite(loss / count) if count else None for name, loss, count in sums},
+        "nonfinite": names,
+        "skipped": skipped.total,
+        "seconds": round(seconds, 6),
+    }
+    if done.validation is not None:
+        record["validation"] = done.validation
+    return record, metrics["load"], bias
+
+
+def _scores(config: Config, data: Data, eval_step: Any, params: Any, bias: Any) -> Validation:
+    rows = config.train.micro_batch_size or config.train.batch_size
+    return validate(eval_step, params, bias, data.eval_batches(rows), data.domains, eval_bytes(data))
+
+
+def _final_validation(config: Config, data: Data, end: Checkpoint, workdir: Path) -> dict[str, Any]:
+    """Scores of the raw and of the averaged weights; computed once, as nothing about a finished run can change."""
+    path = workdir / "validation.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    _, eval_step = compiled_steps(config, len(data.domains))
+    state, bias = end.state, end.state.bias
+    raw = _scores(config, data, eval_step, state.params, bias)
+    validation = {"step": end.progress.step, "eval_bytes": eval_bytes(data), "raw": raw.scores}
+    if end.ema is not None and end.ema.n_updates:
+        averaged = jax.tree.map(lambda a, p: jnp.asarray(a, p.dtype), end.ema.average, state.params)
+        validation["ema"] = _scores(config, data, eval_step, averaged, bias).scores
+    np.save(workdir / "validation_load.npy", raw.domain_load_LME)
+    write_json(path, validation)
+    return validation
+
+
+class _Skipped:
+    """Counts skipped updates, and stops the run after too many in a row."""
+
+    def __init__(self, limit: int, in_row: int, total: int):
+        self.limit, self.in_row, self.total = limit, in_row, total
+
+    def count(self, skipped: bool) -> None:
+        self.in_row, self.total = (self.in_row + 1, self.total + 1) if skipped else (0, self.total)
+
+    def check(self, record: dict[str, Any]) -> None:
+        if self.in_row >= self.limit:
+            raise FloatingPointError(
+                f"step {record['step']}: {' and '.join(record['nonfinite'])} not finite, the {self.in_row}th update in a row "
+                "to be skipped (nonfinite_limit); the last good checkpoint is kept"
+            )
+
+
+class _Bar:
+    """Progress bar: loss, tokens per second, time left; and the clock of a step."""
+
+    def __init__(self, n_steps: int, done: int, show: bool):
+        self._bar = tqdm(total=n_steps, initial=done, disable=not show, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._last = time.perf_counter()
+        self._rate: float | None = None  # tokens per second, smoothed
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+
+    def seconds(self) -> float:
+        """Wall time since the last call."""
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+    def show(self, record: dict[str, Any]) -> None:
+        state = {"loss": "skipped" if record["nonfinite"] else f"{record['loss']:.3f}"}
+        if record["skipped"]:
+            state["skipped"] = f"{record['skipped']} ({'+'.join(record['nonfinite']) or 'none now'})"
+        rate = record["targets"] / max(record["seconds"], 1e-6)
+        # the first step's time is compilation, so it starts no average
+        self._rate = rate if self._rate is None or self._bar.n < 2 else 0.9 * self._rate + 0.1 * rate
+        state["tok/s"] = f"{self._rate:,.0f}"
+        self._bar.set_postfix(state, refresh=False)
+        self._bar.update()
+
+
+class _Interrupt:
+    """Ctrl-C asks for an orderly stop after the step; a second one stops at once. Only the main thread can listen."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "_Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
