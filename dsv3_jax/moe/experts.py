@@ -1,0 +1,220 @@
+"""The routed experts of DeepSeekMoE, the sum of eq. 12 [§2.1.2], forward and backward.
+
+y_n = sum_k gates[n, k] * down(silu(gate(x_n)) * up(x_n)), the projections being those of expert indices[n, k]. The gate is
+applied before the down projection, which is linear: combining is then a plain sum, and a gate's gradient a row's dot product.
+Three implementations of the same function:
+
+* `bucketed`: rows sorted into one bucket for each expert, exactly as long as the expert's load, walked in short blocks.
+* `ragged_dot`: the same order of rows, `jax.lax.ragged_dot` for the products. For TPU and GPU; correct but slow on CPU.
+* `dense`: every expert on every token. For reading and for tests.
+
+Why a walk and not one batched product over equal buckets: the walk's work is the routed rows, whatever the load, with nothing
+padded to a capacity and nothing beyond it to treat apart. An expert's weights are sliced out once for all its rows, and a
+block's intermediates never leave the cache. As in the report [§3.2.3], the SwiGLU's inputs are saved and its output recomputed.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.moe.dispatch import Plan, combine, dispatch, make_plan, sum_rows, take_rows
+
+Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
+
+# Rows that one step of the walk handles. The last block of an expert is partly wasted; shorter ones make slower products.
+BLOCK = 64
+
+
+def routed_experts(
+    x_ND: Float[Array, "N D"],
+    indices_NK: Int[Array, "N K"],
+    gates_NK: Float[Array, "N K"],
+    experts: Mapping[str, Float[Array, "E _ _"]],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "N D"]:
+    """The gated sum of each token's K experts, eq. 12; differentiable in x, gates and experts.
+
+    x_ND and the experts (`gate_proj`, `up_proj` [E, D, F], `down_proj` [E, F, D]) share one compute dtype, float32 or bfloat16;
+    gates are float32; indices int32 in [0, E), distinct within a token. Products and the sum over k accumulate in float32, the
+    result has x's dtype. `implementation`: "bucketed", "ragged_dot", "dense", or "auto" (bucketed on CPU, else ragged_dot).
+
+    Raises ValueError for an unknown implementation or dtypes that differ from these.
+    """
+    if implementation not in ("auto", *_IMPLEMENTATIONS):
+        raise ValueError(f"implementation: expected one of {('auto', *_IMPLEMENTATIONS)}, got {implementation!r}")
+    weights = (experts["gate_proj"], experts["up_proj"], experts["down_proj"])
+    if any(w.dtype != x_ND.dtype for w in weights):
+        raise ValueError(f"experts: expected the dtype of x, {x_ND.dtype}, got {[str(w.dtype) for w in weights]}; cast them")
+    if gates_NK.dtype != jnp.float32:
+        raise ValueError(f"gates: expected float32, got {gates_NK.dtype}")
+    if implementation == "auto":
+        implementation = "bucketed" if jax.default_backend() == "cpu" else "ragged_dot"
+    return _IMPLEMENTATIONS[implementation](x_ND, indices_NK, gates_NK, weights)
+
+
+def _dense(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
+    gate, up, down = weights
+    chosen_NKE = indices_NK[:, :, None] == jnp.arange(gate.shape[0], dtype=indices_NK.dtype)[None, None, :]
+    coefficient_NE = jnp.sum(jnp.where(chosen_NKE, gates_NK[:, :, None], 0.0), axis=1)
+    g_ENF, u_ENF = (jnp.einsum("nd,edf->enf", x_ND, w, preferred_element_type=jnp.float32) for w in (gate, up))
+    a_ENF = (jax.nn.silu(g_ENF) * u_ENF * coefficient_NE.T[:, :, None]).astype(x_ND.dtype)
+    return jnp.einsum("enf,efd->nd", a_ENF, down, preferred_element_type=jnp.float32).astype(x_ND.dtype)
+
+
+def _ragged_dot(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
+    gate, up, down = weights
+    plan = make_plan(indices_NK, gate.shape[0])
+    x_RD = dispatch(x_ND, plan)
+    gates_R1 = dispatch(gates_NK.reshape(-1, 1), plan._replace(row_NK=plan.row_NK.reshape(-1, 1)))
+    g_RF, u_RF = (lax.ragged_dot(x_RD, w, plan.count_E, preferred_element_type=jnp.float32) for w in (gate, up))
+    a_RF = (jax.nn.silu(g_RF) * u_RF * gates_R1).astype(x_ND.dtype)
+    y_RD = lax.ragged_dot(a_RF, down, plan.count_E, preferred_element_type=jnp.float32)
+    return combine(y_RD.astype(x_ND.dtype), plan)
+
+
+def _bucketed(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
+    inputs = x_ND, gates_NK, weights, make_plan(indices_NK, weights[0].shape[0])
+    return _walk(*_varying_like(jax.tree.leaves(inputs), inputs))
+
+
+_IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Weights], Array]] = {
+    "bucketed": _bucketed,
+    "ragged_dot": _ragged_dot,
+    "dense": _dense,
+}
+
+
+def _varying_like(sources, tree):
+    """Inside shard_map, `tree` made to vary over every mesh axis that any of `sources` varies over; elsewhere, `tree`.
+
+    Loops want it of what they carry, and `custom_vjp` of what it differentiates: marking replicated weights as varying *before*
+    it is what makes JAX sum their gradient over the mesh.
+    """
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in sources))
+
+    def mark(a):
+        missing = tuple(axes - jax.typeof(a).manual_axis_type.varying)
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(mark, tree)
+
+
+# The walk. Blocks start at multiples of BLOCK from the expert's first row, so an expert's last block reaches into the rows of
+# the experts after it. Forward writes are simply overwritten when those experts' turn comes; what sums over rows (the weights'
+# gradients) selects the expert's own rows first, on both sides of the product, since 0 * NaN is NaN. Row buffers are BLOCK
+# rows longer than R, for the last block of all.
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _slice(rows: Array, start: Array) -> Array:
+    return lax.dynamic_slice_in_dim(rows, start, BLOCK, axis=0)
+
+
+def _write(rows: Array, block: Array, start: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(rows, block.astype(rows.dtype), start, axis=0)
+
+
+def _row_inputs(gates_NK: Array, plan: Plan) -> tuple[Array, Array]:
+    """Token and gate of every row, and of BLOCK rows more."""
+    token_R = jnp.pad(plan.token_R, (0, BLOCK))
+    gates_R = jnp.pad(gates_NK.reshape(-1)[plan.choice_R], (0, BLOCK))
+    return token_R, gates_R
+
+
+def _for_each_expert(plan: Plan, body: Callable, carry):
+    """`carry = body(expert, start, count, carry)` for the experts that have rows, in order: the others cost nothing."""
+    order_E = jnp.argsort(plan.count_E == 0, stable=True)
+    active = jnp.sum(plan.count_E > 0, dtype=jnp.int32)
+
+    def step(i, carry):
+        expert = order_E[i]
+        return body(expert, plan.start_E[expert], plan.count_E[expert], carry)
+
+    return lax.fori_loop(jnp.int32(0), active, step, carry)
+
+
+def _for_each_block(count: Array, body: Callable, carry):
+    """`carry = body(offset, carry)` for offsets 0, BLOCK, 2 * BLOCK, ... below count."""
+    return lax.fori_loop(jnp.int32(0), (count + BLOCK - 1) // BLOCK, lambda b, carry: body(b * BLOCK, carry), carry)
+
+
+def _walk_forward(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan):
+    """-> y [N, D], and what the backward pass needs: the inputs, and both pre-activations of every row in x's dtype."""
+    token_R, gates_R = _row_inputs(gates_NK, plan)
+    rows, (width, hidden) = token_R.shape[0], weights[2].shape[1:]
+
+    def expert_step(expert, start, count, carry):
+        gate, up, down = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in weights)
+
+        def block_step(offset, carry):
+            y_RD, g_RF, u_RF = carry
+            at = start + offset
+            x = take_rows(x_ND, _slice(token_R, at))
+            g, u = _product("rd,df->rf", x, gate), _product("rd,df->rf", x, up)
+            a = (jax.nn.silu(g) * u * _slice(gates_R, at)[:, None]).astype(x.dtype)
+            return _write(y_RD, _product("rf,fd->rd", a, down), at), _write(g_RF, g, at), _write(u_RF, u, at)
+
+        return _for_each_block(count, block_step, carry)
+
+    buffers = _varying_like([token_R], tuple(jnp.zeros((rows, size), x_ND.dtype) for size in (hidden, width, width)))
+    y_RD, g_RF, u_RF = _for_each_expert(plan, expert_step, buffers)
+    return sum_rows(y_RD, plan.row_NK).astype(x_ND.dtype), (x_ND, gates_NK, weights, plan, g_RF, u_RF)
+
+
+def _walk_backward(saved, dy_ND: Array):
+    x_ND, gates_NK, weights, plan, g_RF, u_RF = saved
+    token_R, gates_R = _row_inputs(gates_NK, plan)
+    rows, (width, hidden) = token_R.shape[0], weights[2].shape[1:]
+
+    def expert_step(expert, start, count, carry):
+        dx_RD, dgates_R, dweights = carry
+        gate, up, down = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in weights)
+
+        def block_step(offset, carry):
+            dx_RD, dgates_R, (dgate_FD, dup_FD, ddown_FD) = carry
+            at = start + offset
+            own = (offset + jnp.arange(BLOCK, dtype=jnp.int32) < count)[:, None]
+            token, scale = _slice(token_R, at), jnp.where(own, _slice(gates_R, at)[:, None], 0)
+            x, dy = (jnp.where(own, take_rows(v, token), 0) for v in (x_ND, dy_ND))
+            g, u = (jnp.where(own, _slice(v, at), 0).astype(jnp.float32) for v in (g_RF, u_RF))
+            sigmoid = jax.nn.sigmoid(g)
+            silu = g * sigmoid
+            h = silu * u
+            dh = _product("rd,fd->rf", dy, down)
+            da = dh * scale
+            du = (da * silu).astype(x.dtype)
+            dg = (da * u * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
+            a = (h * scale).astype(x.dtype)
+            dx = _product("rf,df->rd", dg, gate) + _product("rf,df->rd", du, up)
+            dweights = (
+                # [F, D] and not [D, F]: on CPU a product with the longer axis last is a third faster.
+                dgate_FD + _product("rf,rd->fd", dg, x),
+                dup_FD + _product("rf,rd->fd", du, x),
+                ddown_FD + _product("rf,rd->fd", a, dy),
+            )
+            return _write(dx_RD, dx, at), _write(dgates_R, jnp.sum(dh * h, axis=1), at), dweights
+
+        zeros = _varying_like([token_R], (jnp.zeros((width, hidden), jnp.float32),) * 3)
+        dx_RD, dgates_R, (dgate_FD, dup_FD, ddown_FD) = _for_each_block(count, block_step, (dx_RD, dgates_R, zeros))
+        new = (dgate_FD.T, dup_FD.T, ddown_FD)
+        put = lax.dynamic_update_index_in_dim
+        return dx_RD, dgates_R, tuple(put(dw, w.astype(dw.dtype), expert, 0) for dw, w in zip(dweights, new, strict=True))
+
+    zeros = jnp.zeros((rows, hidden), x_ND.dtype), jnp.zeros(rows, jnp.float32), jax.tree.map(jnp.zeros_like, weights)
+    dx_RD, dgates_R, dweights = _for_each_expert(plan, expert_step, _varying_like([token_R], zeros))
+    return sum_rows(dx_RD, plan.row_NK).astype(x_ND.dtype), dgates_R[plan.row_NK], dweights, None
+
+
+@jax.custom_vjp
+def _walk(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan) -> Array:
+    return _walk_forward(x_ND, gates_NK, weights, plan)[0]
+
+
+_walk.defvjp(_walk_forward, _walk_backward)
