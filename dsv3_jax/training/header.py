@@ -36,9 +36,9 @@ def header_lines(run: dict[str, Any]) -> list[str]:
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name in ("python", "jax", "jaxlib")),
         f"parameters  {counts['total']:,} in the main model, {counts['active_with_head']:,} activated per token, "
         f"{counts['mtp']:,} in MTP",
-        f"corpus      {'domain':<12}{'bytes':>11}{'held out':>11}  SHA-256",
+        f"corpus        {'bytes':>9} {'held out':>9}  SHA-256",
         *(
-            f"            {name[:12]:<12}{row['bytes']:>11,}{row['held_out_bytes']:>11,}  {row['sha256'][:48]}"
+            f"  {name[:11]:<11}{row['bytes']:>10,}{row['held_out_bytes']:>10,}  {row['sha256']}"
             for name, row in run["data"]["domains"].items()
         ),
         f"length      {run['total_steps']:,} steps, {run['total_tokens']:,} tokens",

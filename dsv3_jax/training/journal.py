@@ -82,6 +82,11 @@ def _replace(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """`text` under `path`, whole or not at all."""
+    _replace(Path(path), text.encode())
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """`value` as indented JSON under `path`, whole or not at all."""
-    _replace(Path(path), (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
