@@ -57,10 +57,13 @@ def train(
     workdir: str | Path,
     *,
     resume: bool = False,
+    header: bool = True,
     progress: bool = True,
     step_limit: int | None = None,
 ) -> Result:
     """Train `config` in `workdir` to its end, or through step `step_limit`, or until Ctrl-C; checkpoints all the way.
+
+    `header` prints what the run is, `progress` shows a bar.
 
     Raises ValueError (bad config or data, a run is there and `resume` is not given, a checkpoint of another config or a
     damaged one), OSError (disk) and FloatingPointError (`nonfinite_limit` steps in a row without a finite gradient).
@@ -76,7 +79,7 @@ def train(
             (workdir / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
         run = describe(config, list(data.domains), data.summary)
         write_json(workdir / "run.json", run)
-        if progress:
+        if header:
             print("\n".join(header_lines(run)), flush=True)
         with Journal(workdir, config.model.n_moe_layers, config.model.n_routed_experts, start.progress.step) as journal:
             end, interrupted = _run(config, data, start, checkpoints, journal, progress, step_limit)
@@ -93,8 +96,9 @@ def _compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
 
 
 def compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
-    """Training and evaluation step; runs that differ in their seeds alone share them within a process."""
-    return _compiled_steps(override(config, {"seed": 0, "data_seed": 0}), n_domains)
+    """Training and evaluation step; runs that differ in seeds or length alone share them within a process."""
+    same = {"seed": 0, "data_seed": 0, "steps": 1, "checkpoint_every": 1, "eval_every": 0}
+    return _compiled_steps(override(config, same), n_domains)
 
 
 def eval_bytes(data: Data) -> dict[str, int]:

@@ -1,0 +1,91 @@
+"""Paired comparison of arms over seeds: an arm and the first arm see the same initialisation and data order under a seed, so
+their difference is free of both [the way of the report's ablations, §4.5]."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dsv3_jax.analysis import figures
+from dsv3_jax.analysis.metrics import paired_interval, smooth
+
+MEASURES = {
+    "bits_per_byte": "validation bits per byte",
+    "loss": "validation loss, nats per token",
+    "max_vio": "mean MaxVio, second half of training",
+}
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # arm -> per seed {"validation": ..., "metrics": [...]}
+
+
+def scores(run: Mapping[str, Any]) -> dict[str, float]:
+    """The measures of one run. Raises ValueError if its validation was not finite."""
+    raw, records = run["validation"]["raw"], run["metrics"]
+    late = records[len(records) // 2 :]
+    values = {
+        "bits_per_byte": raw["bits_per_byte"]["all"],
+        "loss": raw["loss"]["all"],
+        "max_vio": float(np.mean([r["max_vio_mean"] for r in late])),
+    }
+    if None in values.values():
+        raise ValueError(f"a run's validation is not finite: {raw['loss']}")
+    return values
+
+
+def compare(runs: Runs) -> dict[str, Any]:
+    """JSON-able: every run's measures, and each later arm's paired differences from the first with their 95 % interval."""
+    by_arm = {arm: [scores(run) for run in of_arm] for arm, of_arm in runs.items()}
+    base, *others = by_arm
+    differences: dict[str, dict[str, Any]] = {}
+    for arm in others:
+        differences[arm] = {}
+        for measure in MEASURES:
+            pairs = [a[measure] - b[measure] for a, b in zip(by_arm[arm], by_arm[base], strict=True)]
+            mean, half_width, _ = paired_interval(pairs)
+            differences[arm][measure] = {"pairs": pairs, "mean": mean, "half_width_95": half_width}
+    return {"baseline": base, "scores": by_arm, "differences": differences}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """For a terminal of 100 columns."""
+    base, seeds = result["baseline"], len(next(iter(result["scores"].values())))
+    interval = "95 % interval" if seeds > 1 else "interval not available with 1 seed"
+    lines = [f"{seeds} seed{'s' * (seeds > 1)}; difference: arm - {base}, paired by seed, mean +- {interval}"]
+    for measure, title in MEASURES.items():
+        lines += ["", title]
+        for arm, values in result["scores"].items():
+            line = f"  {arm[:44]:<44}{np.mean([v[measure] for v in values]):>10.4f}"
+            if arm != base:
+                d = result["differences"][arm][measure]
+                line += f"   {d['mean']:+.4f}" + (f" +- {d['half_width_95']:.4f}" if d["half_width_95"] is not None else "")
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def draw(runs: Runs, result: Mapping[str, Any]) -> Figure:
+    """Above: curves, mean over seeds with the seeds' range. Below: paired differences, one dot a seed, bar: 95 % interval."""
+    figure, axes = figures.new_figure(2, 2, 12, 7.5)
+    for ax, key, title in (
+        (axes[0], "main_loss", "Training loss, nats per token"),
+        (axes[1], "max_vio_mean", "Mean MaxVio of a step's batch"),
+    ):
+        for i, (arm, of_arm) in enumerate(runs.items()):
+            steps, span = [r["step"] for r in of_arm[0]["metrics"]], max(1.0, len(of_arm[0]["metrics"]) / 50)
+            lines = np.array([smooth([r[key] for r in run["metrics"]], span) for run in of_arm])
+            look = figures.style(i)
+            ax.fill_between(steps, lines.min(axis=0), lines.max(axis=0), color=look["color"], alpha=0.15, linewidth=0)
+            ax.plot(steps, lines.mean(axis=0), label=arm, **look)
+        ax.set(title=title, xlabel="step")
+        ax.legend(frameon=False, fontsize=8)
+    for ax, measure in ((axes[2], "bits_per_byte"), (axes[3], "max_vio")):
+        arms = list(result["differences"])
+        for i, arm in enumerate(arms):
+            d = result["differences"][arm][measure]
+            colour = figures.style(i + 1)["color"]
+            ax.plot(d["pairs"], np.full(len(d["pairs"]), i) + 0.12, "o", color=colour, markerfacecolor="none", markersize=6)
+            ax.errorbar(d["mean"], i - 0.12, xerr=d["half_width_95"], fmt="s", color=colour, capsize=5, markersize=6)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set_yticks(range(len(arms)), arms)
+        ax.set(ylim=(-0.6, len(arms) - 0.4), xlabel=f"arm - {result['baseline']}", title=f"Difference in {MEASURES[measure]}")
+        ax.invert_yaxis()
+    return figure

@@ -1,0 +1,158 @@
+"""Compare values of one setting over seeds: same initialisation and data order for every arm of a seed, paired differences.
+
+    python -m experiments.compare --preset=tiny --vary=controller=sign,none --seeds=3 --budget=10 --workdir=runs/compare
+
+`--budget` minutes are turned into a number of steps, the same for every arm, by timing a few steps of each once;
+`--set=steps=...` says it instead. `--resume` continues after a kill at any moment and computes no finished run again.
+Results: experiments/README.md.
+"""
+
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from dsv3_jax.analysis import comparison, figures
+from dsv3_jax.config import Config, override, parse_settings, to_dict
+from dsv3_jax.training.journal import read_metrics, write_json
+from dsv3_jax.training.loop import train
+from experiments import _cli
+
+TIMED_STEPS = 6
+LEAST_STEPS = 10
+FIXED_BY_DESIGN = ("seed", "data_seed", "steps")  # --seeds varies the first two, all arms share the third
+
+
+def parse_arms(vary: str, base: Config) -> dict[str, Config]:
+    """`name=value,value,...` -> {"name=value": config}. Commas inside brackets belong to a value.
+
+    Raises ValueError for fewer than two values, equal ones, or what `override` refuses.
+    """
+    name, equals, values = vary.partition("=")
+    texts = [text.strip() for text in re.split(r",(?![^{\[]*[}\]])", values)]
+    if not equals or len(texts) < 2 or "" in texts:
+        raise ValueError(f"--vary: expected name=value,value,... with at least 2 values, got {vary!r}")
+    if name in FIXED_BY_DESIGN:
+        raise ValueError(f"--vary: {name} is not for arms to differ in; see --seeds, --budget and --set=steps=")
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"--vary: the same value twice in {vary!r}")
+    return {f"{name}={text}": override(base, {name: text}) for text in texts}
+
+
+def folder_of(index: int, arm: str) -> str:
+    return f"{index}-{re.sub(r'[^A-Za-z0-9._=-]+', '_', arm)}"
+
+
+def seeded(config: Config, seed: int) -> Config:
+    return override(config, {"seed": config.train.seed + seed, "data_seed": config.data.data_seed + seed})
+
+
+def steps_within(budget_s: float, timings: list[dict[str, float]], seeds: int) -> int:
+    """Steps of every run such that all of them, validations included, take `budget_s` seconds.
+
+    Raises ValueError if that leaves fewer than LEAST_STEPS.
+    """
+    per_step = seeds * sum(t["step"] for t in timings)
+    fixed = seeds * sum(t["fixed"] for t in timings)
+    steps = int((budget_s - fixed) / per_step)
+    if steps < LEAST_STEPS:
+        need = (fixed + LEAST_STEPS * per_step) / 60
+        raise ValueError(
+            f"--budget: too short; {LEAST_STEPS} steps of every run take about {need:.1f} minutes more than set-up"
+        )
+    return steps
+
+
+def time_arm(config: Config, folder: Path) -> dict[str, float]:
+    """Seconds of a step, and of what a run does besides its steps. A first run compiles, for all seeds; a second is timed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for attempt in ("compile", "timed"):
+        start = time.perf_counter()
+        train(override(config, {"steps": TIMED_STEPS}), folder / attempt, header=False, progress=False)
+    wall, seconds = time.perf_counter() - start, [r["seconds"] for r in read_metrics(folder / "timed")]
+    shutil.rmtree(folder)
+    return {"step": float(np.median(seconds[1:])), "fixed": max(0.0, wall - sum(seconds))}
+
+
+def make_plan(arms: dict[str, Config], base: Config, seeds: int, budget_s: float | None, workdir: Path) -> dict[str, Any]:
+    """What a resumed comparison keeps: arms, seeds, steps and the config around them."""
+    plan: dict[str, Any] = {"arms": list(arms), "seeds": seeds, "config": to_dict(base), "steps": base.train.steps}
+    if budget_s is not None:
+        start, timings = time.perf_counter(), []
+        for i, (arm, config) in enumerate(arms.items()):
+            print(f"timing {arm} ...", flush=True)
+            timings.append(time_arm(config, workdir / "timing" / folder_of(i, arm)))
+        plan["steps"] = steps_within(budget_s - (time.perf_counter() - start), timings, seeds)
+        plan["timing"] = dict(zip(arms, timings, strict=True))
+    return plan
+
+
+def read_plan(workdir: Path, resume: bool, given: dict[str, Any]) -> dict[str, Any] | None:
+    """The stored plan of this comparison, or None. Raises ValueError if it is another one, or `resume` is not given."""
+    path = workdir / "plan.json"
+    if not path.exists():
+        return None
+    if not resume:
+        raise ValueError(f"{workdir} holds a comparison already; add --resume to continue it, or take another --workdir")
+    plan = json.loads(path.read_text())
+    for key, value in given.items():
+        if plan[key] != value:
+            raise ValueError(f"{workdir} holds another comparison: {key} differs (--vary, --seeds, --set, --preset as before)")
+    return plan
+
+
+def run_arms(arms: dict[str, Config], plan: dict[str, Any], workdir: Path) -> dict[str, list[dict[str, Any]]] | None:
+    """Every run, seed by seed so that pairs complete early; finished ones are only read. None after Ctrl-C."""
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in range(plan["seeds"]):
+        for i, (arm, config) in enumerate(arms.items()):
+            folder = workdir / folder_of(i, arm) / f"seed-{seed}"
+            if not (folder / "validation.json").exists():
+                print(f"seed {seed + 1} of {plan['seeds']}, {arm}, {plan['steps']} steps", flush=True)
+                config = override(seeded(config, seed), {"steps": plan["steps"]})
+                if train(config, folder, resume=True, header=False).interrupted:
+                    return None
+            validation = json.loads((folder / "validation.json").read_text())
+            runs[arm].append({"validation": validation, "metrics": read_metrics(folder)})
+    return runs
+
+
+def main() -> int:
+    settings, seeds, budget = parse_settings(flags.FLAGS.set), flags.FLAGS.seeds, flags.FLAGS.budget
+    workdir, base = Path(_cli.workdir_from_flags()), _cli.config_from_flags()
+    if seeds < 1:
+        raise ValueError(f"--seeds: expected at least 1, got {seeds}")
+    if not flags.FLAGS.vary:
+        raise ValueError("--vary: expected name=value,value,..., got none")
+    if "steps" not in settings and (budget is None or budget <= 0):
+        raise ValueError(f"--budget: expected minutes > 0 (or --set=steps=...), got {budget}")
+    arms = parse_arms(flags.FLAGS.vary, base)
+    plan = read_plan(workdir, flags.FLAGS.resume, {"arms": list(arms), "seeds": seeds, "config": to_dict(base)})
+    if plan is None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        plan = make_plan(arms, base, seeds, None if "steps" in settings else budget * 60, workdir)
+        write_json(workdir / "plan.json", plan)
+    runs = run_arms(arms, plan, workdir)
+    if runs is None:
+        print("stopped, checkpoint saved; go on with the same command and --resume", file=sys.stderr)
+        return _cli.INTERRUPTED
+    result = comparison.compare(runs)
+    write_json(workdir / "compare.json", {"steps": plan["steps"], **result})
+    figures.save(comparison.draw(runs, result), workdir / "compare.png")
+    print(comparison.table(result))
+    print(f"figure: {workdir / 'compare.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    _cli.define_config_flags()
+    flags.DEFINE_string("vary", None, "name=value,value,...: the setting that the arms differ in; the first is the baseline")
+    flags.DEFINE_integer("seeds", 3, "runs of each arm")
+    flags.DEFINE_float("budget", None, "minutes that the whole comparison may take")
+    _cli.run(main)
