@@ -5,15 +5,16 @@ bytes (printed with their SHA-256). A Python file is read either as source or fo
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.metadata
+import os
 import platform
 import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 from dsv3_jax.data.arithmetic import arithmetic_documents
@@ -29,16 +30,19 @@ FILE_CAP = 300_000  # larger files are tables or generated
 SHORTEST = 200
 DIGIT_SHARE = 0.15  # above it, a file is a table of numbers
 
+STDLIB = "stdlib"
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 DOCSTRING_PACKAGES = ("numpy", "scipy", "matplotlib", "optax", "tensorstore")
 SOURCE_PACKAGES = (
-    "jax", "flax", "orbax-checkpoint", "grain", "etils", "absl-py", "einops", "tqdm", "jaxtyping", "treescope", "fonttools",
-    "rich", "huggingface-hub", "pillow", "protobuf", "fsspec", "humanize", "psutil", "pyparsing", "packaging",
+    STDLIB, "jax", "flax", "orbax-checkpoint", "grain", "etils", "absl-py", "einops", "tqdm", "jaxtyping", "treescope",
+    "fonttools", "rich", "huggingface-hub", "pillow", "protobuf", "fsspec", "humanize", "psutil", "pyparsing", "packaging",
 )  # fmt: skip
 OTHER_PACKAGES = ("jaxlib", "ml-dtypes", "tokenizers", "pygments", "contourpy", "kiwisolver", "cycler", "python-dateutil",
                   "pyyaml", "typing-extensions", "msgpack", "simplejson", "uvloop", "aiofiles")  # fmt: skip
 PACKAGES = DOCSTRING_PACKAGES + SOURCE_PACKAGES + OTHER_PACKAGES
-MARKUP = {".html", ".xml", ".svg", ".js", ".css", ".yaml", ".toml", ".sh", ".po", ".mplstyle", ".proto", ".def", ".xbm"}
-LICENCE = re.compile(r"(?i)(licen[sc]e|copying|notice|copyright)[\w.-]*$")
+MARKUP = (".html", ".xml", ".svg", ".js", ".css", ".yaml", ".toml", ".sh", ".po", ".mplstyle", ".proto", ".def", ".xbm")
+LICENCE = re.compile(r"(?i)/(licen[sc]e|copying|notice|copyright)[^/.]*(\.(txt|md|rst|apache|bsd))?$")
 SKIPPED_DIRECTORIES = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings", "sboms",
 }  # fmt: skip
@@ -69,24 +73,25 @@ def fingerprint() -> str:
 def _readers() -> dict[str, Callable[[], Iterable[str]]]:
     """Domain -> its texts. Licences first: a licence quoted in a source is the copy, not the other way round."""
     return {
-        "licences": partial(_texts, _files(PACKAGES, _is_licence, stdlib=True)),
+        "licences": lambda: _texts(_files(PACKAGES, _is_licence)),
         "english": _english,
-        "python": partial(_sources, r"#[^\n]*\n", _files(SOURCE_PACKAGES, _is_python, stdlib=True)),
-        "c": partial(_sources, r"/\*.*?\*/|//[^\n]*\n", [*_files(PACKAGES, _is_c), *_headers()]),
-        "markup": partial(_texts, _files(PACKAGES, lambda path: path.suffix in MARKUP, stdlib=True)),
+        "python": lambda: _sources(r"#[^\n]*\n", _files(SOURCE_PACKAGES, _is_python)),
+        "c": lambda: _sources(r"/\*.*?\*/|//[^\n]*\n", [*_files(PACKAGES, _is_c), *_headers()]),
+        "markup": lambda: _texts(_files(PACKAGES, lambda name: name.endswith(MARKUP))),
     }
 
 
-def _is_licence(path: Path) -> bool:
-    return bool(LICENCE.match(path.name)) and path.suffix in ("", ".txt", ".md", ".rst", ".APACHE", ".BSD")
+def _is_licence(name: str) -> bool:
+    return bool(LICENCE.search(name))
 
 
-def _is_python(path: Path) -> bool:
-    return path.suffix == ".py" and not path.name.endswith(("_test.py", "_pb2.py", "_gen.py"))
+def _is_python(name: str) -> bool:
+    unwanted = name.endswith(("_test.py", "_pb2.py", "_gen.py")) or "/_sysconfigdata" in name  # the last holds local paths
+    return name.endswith(".py") and not unwanted
 
 
-def _is_c(path: Path) -> bool:
-    return path.suffix in (".h", ".hpp", ".cc", ".cpp") or (path.suffix == ".c" and "numpy" in path.parts)
+def _is_c(name: str) -> bool:
+    return name.endswith((".h", ".hpp", ".cc", ".cpp")) or (name.endswith(".c") and "/numpy/" in name)
 
 
 def _version(package: str) -> str | None:
@@ -103,25 +108,33 @@ def _include() -> Path | None:
 
 def _headers() -> list[Path]:
     include = _include()
-    return _shuffled((path, path.relative_to(include)) for path in include.rglob("*.h")) if include else []
+    return _shuffled((str(path), str(path.relative_to(include))) for path in include.rglob("*.h")) if include else []
 
 
-def _files(packages: Iterable[str], wanted: Callable[[Path], bool], stdlib: bool = False) -> list[Path]:
-    """Files of the installed packages (and the standard library), in an order that mixes the packages."""
-    found: list[tuple[Path, Path]] = []
-    for package in packages:
-        if _version(package):
-            for file in importlib.metadata.files(package) or []:
-                found.append((Path(str(file.locate())), Path(package, file)))
-    if stdlib:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        found += [(path, Path("stdlib", path.relative_to(root))) for path in root.rglob("*")]
-    return _shuffled((path, name) for path, name in found if wanted(path) and not SKIPPED_DIRECTORIES.intersection(name.parts))
+@functools.cache  # listing 50,000 files takes seconds, and every domain asks
+def _installed(package: str) -> tuple[tuple[str, str], ...]:
+    """(path, portable name) of the package's files; none if it is not installed. "stdlib" is the standard library."""
+    found: list[tuple[str, str]] = []
+    if package == STDLIB:
+        root = sysconfig.get_paths()["stdlib"]
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in SKIPPED_DIRECTORIES]
+            found += [(f"{folder}/{name}", f"{package}{folder[len(root) :]}/{name}") for name in names]
+    elif _version(package):
+        for file in importlib.metadata.files(package) or []:
+            if not SKIPPED_DIRECTORIES.intersection(file.parts):
+                found.append((str(file.locate()), f"{package}/{file}"))
+    return tuple(found)
 
 
-def _shuffled(paths: Iterable[tuple[Path, Path]]) -> list[Path]:
+def _files(packages: Iterable[str], wanted: Callable[[str], bool]) -> list[Path]:
+    """Files of the packages whose name is wanted, in an order that mixes the packages."""
+    return _shuffled(pair for package in packages for pair in _installed(package) if wanted(pair[0]))
+
+
+def _shuffled(paths: Iterable[tuple[str, str]]) -> list[Path]:
     """By the hash of the portable name, so that a byte cap takes a sample and not the first letters of the alphabet."""
-    return [path for path, name in sorted(paths, key=lambda pair: hashlib.sha256(pair[1].as_posix().encode()).digest())]
+    return [Path(path) for path, name in sorted(paths, key=lambda pair: hashlib.sha256(pair[1].encode()).digest())]
 
 
 def _texts(paths: Iterable[Path]) -> Iterator[str]:
@@ -151,7 +164,7 @@ def _english() -> Iterator[str]:
     for package in PACKAGES:
         if _version(package):
             yield importlib.metadata.metadata(package).json.get("description", "")  # type: ignore[misc]
-    yield from _texts(_files(PACKAGES, lambda p: p.suffix in (".md", ".rst") and not _is_licence(p), stdlib=True))
+    yield from _texts(_files(PACKAGES, lambda name: name.endswith((".md", ".rst")) and not _is_licence(name)))
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions package it apart
@@ -170,9 +183,16 @@ def docstrings(source: str) -> str:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    found = [ast.get_docstring(node) for node in _definitions(tree)]
     return "\n\n".join(_without_doctests(text) for text in found if text and len(text) > 80)
+
+
+def _definitions(node: Documented) -> Iterator[Documented]:
+    """The node and the classes and functions in its body, in the order of the source."""
+    yield node
+    for child in node.body:
+        if isinstance(child, Documented):
+            yield from _definitions(child)
 
 
 def _without_doctests(text: str) -> str:

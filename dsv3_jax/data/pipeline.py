@@ -101,7 +101,7 @@ class Data:
             members = np.flatnonzero(self.store.held_out & (self.store.domain_of == number))
             longest = max(seq_len, -(-share * seq_len // len(members)))
             mixed = np.random.default_rng(0).permutation(members)
-            documents = [self._framed(self.store.document(index), number, longest) for index in mixed]
+            documents = [self._framed(self.store.document(int(index)), number, longest) for index in mixed]
             iterator = WindowIterator(documents, seq_len, self.tokenizer.pad)
             windows.append(list(itertools.islice(iterator, share)))
         return windows

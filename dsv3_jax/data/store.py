@@ -89,14 +89,21 @@ def _rename(beside: Path, folder: Path) -> None:
 
 
 def _build(folder: Path, data: DataConfig, vocab_size: int, key: str) -> None:
-    corpus = load_corpus(data)
-    held_out = corpus.held_out(data.holdout_fraction)
-    if data.tokenizer == "train":
-        training = (d.text for d, out in zip(corpus.documents, held_out, strict=True) if not out)
-        tokenizer = train_tokenizer(training, vocab_size)
-    else:
-        tokenizer = load_tokenizer(data.tokenizer, vocab_size)
-    documents = list(_encode(corpus, tokenizer))
+    with tqdm(desc="reading the corpus", unit="doc", leave=False, disable=None) as bar:
+        corpus = load_corpus(data)
+        held_out = corpus.held_out(data.holdout_fraction)
+        bar.reset(total=len(corpus.documents))
+        bar.set_description("training the tokenizer" if data.tokenizer == "train" else "loading the tokenizer")
+        if data.tokenizer == "train":
+            training = (d.text for d, out in zip(corpus.documents, held_out, strict=True) if not out)
+            tokenizer = train_tokenizer(training, vocab_size)
+        else:
+            tokenizer = load_tokenizer(data.tokenizer, vocab_size)
+        bar.set_description("tokenising")
+        documents: list[Int[np.ndarray, T]] = []
+        for start in range(0, len(corpus.documents), ENCODE_BATCH):
+            documents += _encode([d.text for d in corpus.documents[start : start + ENCODE_BATCH]], tokenizer)
+            bar.update(len(documents) - bar.n)
     bounds = np.cumsum([0, *map(len, documents)])
     domain_of = np.array(domain_numbers(corpus))
     np.save(folder / "tokens.npy", np.concatenate(documents).astype(np.int32))
@@ -108,17 +115,13 @@ def _build(folder: Path, data: DataConfig, vocab_size: int, key: str) -> None:
     (folder / "summary.json").write_text(json.dumps({"key": key, "vocabulary": tokenizer.size, **summary}, indent=1))
 
 
-def _encode(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, "T"]]:
-    """Each document's ids. Raises ValueError if a tokenizer does not keep the bytes of a text."""
-    with tqdm(total=len(corpus.documents), desc="tokenising", unit="doc", leave=False, disable=None) as bar:
-        for start in range(0, len(corpus.documents), ENCODE_BATCH):
-            texts = [document.text for document in corpus.documents[start : start + ENCODE_BATCH]]
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                document = np.array(ids, np.int64)
-                if tokenizer.n_bytes[document].sum() != len(text.encode()):
-                    raise ValueError(f"tokenizer: it loses bytes of {text[:30]!r}...; a byte-level tokenizer is expected")
-                yield document
-            bar.update(len(texts))
+def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, "T"]]:
+    """Each text's ids. Raises ValueError if a tokenizer does not keep the bytes of a text."""
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        document = np.array(ids, np.int64)
+        if tokenizer.n_bytes[document].sum() != len(text.encode()):
+            raise ValueError(f"tokenizer: it loses bytes of {text[:30]!r}...; a byte-level tokenizer is expected")
+        yield document
 
 
 def _summary(
