@@ -1,5 +1,5 @@
 """Figures of a run [Figs. 9-11 of the report's appendix C]: losses, MaxVio, router bias, expert load. Readable without colour:
-lines differ in dash and brightness and are labelled, maps run from dark to bright and carry their numbers."""
+lines differ in dash and brightness, maps run from dark to bright and carry their numbers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,13 +37,9 @@ def save(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-def label_ends(ax: Axes, labels: Mapping[str, float]) -> None:
-    """Names at the right ends of lines, moved apart where they would overlap."""
-    low, high = ax.get_ylim()
-    gap, top = (high - low) * 0.055, -np.inf
-    for name, y in sorted(labels.items(), key=lambda item: item[1]):
-        top = max(y, top + gap)
-        ax.annotate(name, (1.01, top), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+def legend_beside(ax: Axes) -> None:
+    """Legend right of the axes, where no line can run through it."""
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, handlelength=3)
 
 
 def losses(records: Sequence[Mapping[str, Any]]) -> Figure:
@@ -58,17 +54,13 @@ def losses(records: Sequence[Mapping[str, Any]]) -> Figure:
     left.set(xlabel="step", ylabel="nats per token", title="Training loss")
     left.legend(frameon=False)
 
-    ends = {}
     for i, domain in enumerate(records[0]["domain_loss"]):
-        line = smooth([r["domain_loss"][domain] for r in records], span)
-        middle.plot(steps, line, **style(i))
-        if np.isfinite(line[-1]):
-            ends[domain] = line[-1]
+        middle.plot(steps, smooth([r["domain_loss"][domain] for r in records], span), label=domain, **style(i))
     middle.set(xlabel="step", ylabel="nats per token", title="Training loss by domain")
     tail = [v for line in middle.lines for v in np.asarray(line.get_ydata())[len(records) // 10 :] if np.isfinite(v)]
     if tail:
         middle.set_ylim(min(tail) - 0.2, max(tail) + 0.2)
-    label_ends(middle, ends)
+    legend_beside(middle)
 
     norms = [r["grad_norm"] for r in records]
     right.plot(steps, [np.nan if v is None else v for v in norms], color="#8c8c8c", linewidth=0.8, label="gradient norm (left)")
@@ -80,7 +72,10 @@ def losses(records: Sequence[Mapping[str, Any]]) -> Figure:
     twin.plot(steps, [r["learning_rate"] for r in records], label="learning rate (right)", **style(1))
     twin.spines[["top"]].set_visible(False)
     handles = right.get_lines()[:1] + twin.get_lines()
-    right.legend(handles, [str(h.get_label()) for h in handles], frameon=False)
+    right.legend(handles, [str(h.get_label()) for h in handles], frameon=False, fontsize=8, loc="lower center")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    right.tick_params(axis="y", which="minor", labelsize=7)
     return figure
 
 
@@ -88,17 +83,13 @@ def violation(records: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Fi
     """MaxVio (busiest expert over the mean, minus 1) of each MoE layer and their mean, over steps."""
     figure, (ax,) = new_figure(1, 1, 8, 4.2)
     steps, span = [r["step"] for r in records], max(1.0, len(records) / 50)
-    ends = {}
+    ax.plot(steps, smooth([r["max_vio_mean"] for r in records], span), color="black", linewidth=2.8, label="mean of layers")
     for i, name in enumerate(layers):
-        line = smooth([r["max_vio"][i] for r in records], span)
-        ax.plot(steps, line, **{**style(i + 1), "linewidth": 1.1})
-        ends[name] = line[-1]
-    ax.plot(steps, smooth([r["max_vio_mean"] for r in records], span), color="black", linewidth=2.6, label="mean of layers")
+        label = name if len(layers) <= 16 else None  # more could not be told apart
+        ax.plot(steps, smooth([r["max_vio"][i] for r in records], span), label=label, **{**style(i + 1), "linewidth": 1.2})
     ax.set(xlabel="step", ylabel="MaxVio of a step's batch", title="Load violation (0: every expert has the same load)")
     ax.set_ylim(bottom=0)
-    if len(layers) <= 16:
-        label_ends(ax, ends)
-    ax.legend(frameon=False)
+    legend_beside(ax)
     return figure
 
 
