@@ -59,11 +59,11 @@ def rope_tables(
 
 
 def apply_rope(
-    x_BTHR: Float[Array, "B T H R"], cos_BTJ: Float[Array, "B T J"], sin_BTJ: Float[Array, "B T J"]
-) -> Float[Array, "B T H R"]:
+    x_BHTR: Float[Array, "B H T R"], cos_BTJ: Float[Array, "B T J"], sin_BTJ: Float[Array, "B T J"]
+) -> Float[Array, "B H T R"]:
     """Rotates interleaved channel pairs, in float32; returns x's dtype."""
-    pairs = x_BTHR.astype(jnp.float32).reshape(*x_BTHR.shape[:-1], -1, 2)
+    pairs = x_BHTR.astype(jnp.float32).reshape(*x_BHTR.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos_BTJ[:, :, None, :], sin_BTJ[:, :, None, :]
+    cos, sin = cos_BTJ[:, None], sin_BTJ[:, None]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+    return rotated.reshape(x_BHTR.shape).astype(x_BHTR.dtype)

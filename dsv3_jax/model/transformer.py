@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import rematerialised, rms_norm, swiglu, swiglu_spec
@@ -23,10 +23,10 @@ Summary = Callable[[Routing, Any], Any]  # (routing, extra) -> what the scan kee
 
 
 class Context(NamedTuple):
-    """What every layer's attention shares: rotary tables and the mask of visible keys."""
+    """What every layer's attention shares: rotary tables, and segments where documents do not see each other."""
 
     rope: tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
-    mask_BTS: Bool[Array, "B T S"]
+    segments_BT: Int[Array, "B T"] | None
 
 
 class Hidden(NamedTuple):
@@ -72,15 +72,10 @@ def document_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 def make_context(segment_ids_BT: Int[Array, "B T"], config: ModelConfig, *, cross_document: bool) -> Context:
     """Causal attention; without `cross_document`, within a segment only and with positions that restart in each."""
-    batch, length = segment_ids_BT.shape
-    index = jnp.arange(length, dtype=jnp.int32)
-    mask = jnp.broadcast_to((index[None, :] <= index[:, None])[None, :, :], (batch, length, length))
     if cross_document:
-        positions = jnp.broadcast_to(index[None, :], (batch, length))
-    else:
-        positions = document_positions(segment_ids_BT)
-        mask = mask & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
-    return Context(rope_tables(positions, config), mask)
+        index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+        return Context(rope_tables(jnp.broadcast_to(index[None, :], segment_ids_BT.shape), config), None)
+    return Context(rope_tables(document_positions(segment_ids_BT), config), segment_ids_BT)
 
 
 def embed(params: Mapping[str, Any], tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
@@ -106,7 +101,7 @@ def block(
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
     """Pre-norm attention and feed-forward; a mixture of experts where a router bias is given."""
     normed = rms_norm(x_BTD, params["input_layernorm"], config.rms_norm_eps)
-    x_BTD = x_BTD + attention(params["self_attn"], normed, context.rope, context.mask_BTS, config)
+    x_BTD = x_BTD + attention(params["self_attn"], normed, context.rope, context.segments_BT, config)
     normed = rms_norm(x_BTD, params["post_attention_layernorm"], config.rms_norm_eps)
     if bias_E is None:
         return x_BTD + swiglu(params["mlp"], normed), None

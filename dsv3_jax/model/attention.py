@@ -1,0 +1,84 @@
+"""Causal attention over expanded heads, eqs. 10-11 [§2.1.1]: softmax in float32, a block of queries at a time.
+
+No array of [queries, keys] outlives its block, and a block reads only the keys up to its last query. The backward pass
+recomputes a block's scores from the saved log-sum-exp instead of keeping its weights.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# A block costs code, its keys beyond the diagonal cost work: (n + 1) / 2n of the full square for n blocks.
+MAX_BLOCKS, MIN_BLOCK = 8, 64
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def causal_attention(
+    q_BGQTC: Float[Array, "B G Q T C"],
+    k_BGSC: Float[Array, "B G T C"],
+    v_BGSW: Float[Array, "B G T W"],
+    segments_BT: Int[Array, "B T"] | None,
+    scale: float,
+) -> Float[Array, "B G Q T W"]:
+    """softmax(scale * q k^T) v for G key/value heads, each shared by Q query heads; returns v's dtype.
+
+    A query sees the keys at or before its position, of its own segment where `segments` is given.
+    """
+    return _forward(q_BGQTC, k_BGSC, v_BGSW, segments_BT, scale)[0]
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scores(q: Array, k: Array, segments_BT: Array | None, scale: float, start: int, stop: int) -> Array:
+    """Masked scores of queries start..stop against keys 0..stop, float32 [B, G, Q, t, s]."""
+    scores = scale * jnp.einsum(
+        "bgqtc,bgsc->bgqts", q[:, :, :, start:stop], k[:, :, :stop], preferred_element_type=jnp.float32
+    )
+    index = jnp.arange(stop, dtype=jnp.int32)
+    visible = (index[None, :] <= index[start:stop, None])[None]
+    if segments_BT is not None:
+        visible = visible & (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop])
+    return jnp.where(visible[:, None, None], scores, -jnp.inf)
+
+
+def _forward(q: Array, k: Array, v: Array, segments_BT: Array | None, scale: float) -> tuple[Array, Any]:
+    outs, lses = [], []
+    for start, stop in _blocks(q.shape[3]):
+        scores = _scores(q, k, segments_BT, scale, start, stop)
+        peak = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = jnp.einsum(
+            "bgqts,bgsw->bgqtw", weights.astype(v.dtype), v[:, :, :stop], preferred_element_type=jnp.float32
+        )
+        outs.append((out / total).astype(v.dtype))
+        lses.append(peak + jnp.log(total))
+    out, lse = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+    return out, (q, k, v, segments_BT, out, lse)
+
+
+def _backward(scale: float, saved: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segments_BT, out, lse = saved
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for start, stop in _blocks(q.shape[3]):
+        q_, d_out_, lse_, delta_ = (a[:, :, :, start:stop] for a in (q, d_out, lse, delta))
+        weights = jnp.exp(_scores(q, k, segments_BT, scale, start, stop) - lse_)
+        d_weights = jnp.einsum("bgqtw,bgsw->bgqts", d_out_, v[:, :, :stop], preferred_element_type=jnp.float32)
+        d_scores = (weights * (d_weights - delta_) * scale).astype(q.dtype)
+        d_q.append(jnp.einsum("bgqts,bgsc->bgqtc", d_scores, k[:, :, :stop]))
+        # The narrow operand first, so that it and the result are what gets transposed, not [t, s].
+        d_v_ = jnp.einsum("bgqtw,bgqts->bgws", d_out_, weights.astype(v.dtype), preferred_element_type=jnp.float32)
+        d_k_ = jnp.einsum("bgqtc,bgqts->bgcs", q_, d_scores, preferred_element_type=jnp.float32)
+        d_v = d_v.at[:, :, :stop].add(jnp.swapaxes(d_v_, 2, 3))
+        d_k = d_k.at[:, :, :stop].add(jnp.swapaxes(d_k_, 2, 3))
+    return jnp.concatenate(d_q, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+causal_attention.defvjp(_forward, _backward)
