@@ -90,7 +90,7 @@ def programs(shape: Shape, dtype: str, implementation: str) -> list[Callable]:
         return routed_experts(x, indices, gates, experts, implementation=implementation)
 
     def backward(x, gates, experts, indices):
-        y, transpose = jax.vjp(lambda *arguments: forward(*arguments, indices), x, gates, experts)
+        y, transpose = jax.vjp(lambda x, gates, experts: forward(x, gates, experts, indices), x, gates, experts)
         return y, transpose(x)
 
     return [partial(jax.jit(f), x, gates, experts) for f in (forward, backward)]
@@ -111,7 +111,7 @@ def measure(shapes: list[Shape], dtype: str) -> None:
         forward, backward = programs(shape, dtype, implementation)
         for load in _LOADS.value:
             indices = jnp.asarray(choose(shape, load))
-            runs[shape, implementation, load] = [lambda f=f, i=indices: f(i) for f in (forward, backward)]
+            runs[shape, implementation, load] = [partial(forward, indices), partial(backward, indices)]
     for program in (lambda: square(matrix), *itertools.chain(*runs.values())):  # untimed: first touches of memory
         time_ms(program)
 
