@@ -52,7 +52,7 @@ def layer_by_layer(params, bias, tokens, config, *, halves):
         kept[f"hidden_{i}"] = after
         if halves:
             normed = rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
-            attended = attention(weights["self_attn"], normed, context.rope, context.mask_BTS, config)
+            attended = attention(weights["self_attn"], normed, *context, config)
             kept |= {f"attn_out_{i}": attended, f"mlp_out_{i}": after - x - attended}
         x = after
     return kept
@@ -165,14 +165,21 @@ def test_packed_documents_equal_each_document_alone():
 
 
 def test_documents_see_each_other_only_when_told_so():
+    """What the last token of a row sees, by what its state changes with."""
     config = model_config(SMALL_CONFIG)
-    segments = jnp.asarray([[1, 1, 2, 0]], jnp.int32)
-    together, apart = (make_context(segments, config, cross_document=flag) for flag in (True, False))
-    np.testing.assert_array_equal(together.mask_BTS[0], np.tril(np.ones((4, 4), bool)))
-    np.testing.assert_array_equal(
-        apart.mask_BTS[0], np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], bool)
-    )
-    assert not np.array_equal(together.rope[0], apart.rope[0])
+    params, bias = from_checkpoint(random_tensors(SMALL_CONFIG, seed=3), config)
+    tokens, segments = jnp.asarray([[3, 4, 5, 6]] * 3, jnp.int32), jnp.asarray([[1, 1, 2, 2]] * 3, jnp.int32)
+    tokens = tokens.at[1, 0].set(9).at[2, 2].set(9)  # row 1 differs in the first document, row 2 in the second
+
+    def last_state(tokens, *, cross_document):
+        context = make_context(segments, config, cross_document=cross_document)
+        return forward(params, bias, tokens, context, config).normed_BTD[:, -1]
+
+    states = (quick_jit(functools.partial(last_state, cross_document=flag))(tokens) for flag in (True, False))
+    together, apart = (np.asarray(state) for state in states)
+    assert np.abs(together[1] - together[0]).max() > 1e-3 and np.abs(together[2] - together[0]).max() > 1e-3
+    np.testing.assert_array_equal(apart[1], apart[0])
+    assert np.abs(apart[2] - apart[0]).max() > 1e-3
 
 
 def test_positions_restart_where_the_segment_changes():

@@ -21,15 +21,15 @@ FLOAT32 = {"compute_dtype": "float32", "param_dtype": "float32", "remat": "none"
 
 def model_config(released: Mapping[str, Any], **changes: Any) -> ModelConfig:
     """A config.json as ours, in float32; keys that are not a field of ours are left out."""
-    values = {name: value for name, value in _fields(ModelConfig, released).items() if name != "initializer_range"}
+    values = {name: value for name, value in typed_fields(ModelConfig, released).items() if name != "initializer_range"}
     if released["topk_method"] == "group_limited_greedy":
         values["group_score_topk"] = 1
     if released.get("rope_scaling"):
-        values["rope_scaling"] = RopeScaling(**_fields(RopeScaling, released["rope_scaling"]))
+        values["rope_scaling"] = RopeScaling(**typed_fields(RopeScaling, released["rope_scaling"]))
     return ModelConfig(**values | FLOAT32 | changes)
 
 
-def _fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def typed_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values` that are fields of `cls`; JSON's 10000 as the float it stands for."""
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     return {name: float(v) if types[name] is float else v for name, v in values.items() if name in types}

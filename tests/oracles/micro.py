@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from oracles.texts import VOCAB_SIZE, invented
-
 from dsv3_jax.config import Config, override
 from dsv3_jax.presets import preset
+from oracles.texts import VOCAB_SIZE, invented
 
 STEPS = 6
 
