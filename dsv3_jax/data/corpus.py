@@ -7,8 +7,9 @@ training text.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -137,8 +138,8 @@ def fingerprint(data: DataConfig) -> str:
     return embedded.fingerprint() if data.corpus == "embedded" else files.fingerprint(data)
 
 
-def table(summary: dict[str, dict[str, int | str]]) -> str:
-    """Printable lines: domain, documents, bytes, SHA-256."""
+def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Printable lines: domain, documents, bytes, SHA-256; of `Corpus.summary()` or of `Data.summary["domains"]`."""
     lines = [f"{'domain':<12} {'documents':>9} {'bytes':>12}  sha256"]
     lines += [f"{name:<12} {row['documents']:>9,} {row['bytes']:>12,}  {row['sha256']}" for name, row in summary.items()]
     return "\n".join(lines)

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import Corpus, domain_numbers, fingerprint, load_corpus
-from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
 
-VERSION = 1  # raise it when a change in this package gives other tokens for the same text
+# The code that decides which tokens a store holds: a change to it makes new stores, and none is mistaken for another.
+CODE = ("arithmetic", "corpus", "documents", "embedded", "files", "store", "tokenizer")
 ENCODE_BATCH = 256  # documents given to the tokenizer at a time
 
 
@@ -51,7 +52,7 @@ class Store:
 def open_store(data: DataConfig, vocab_size: int) -> Store:
     """The store of this configuration, built first if `cache_dir` has none.
 
-    Its key covers the text, how it is read, the tokenizer, the vocabulary's size and the share that is held out. Raises
+    Its key covers the text, the code that reads it, the tokenizer, the vocabulary's size and the share held out. Raises
     ValueError for a corpus or tokenizer that cannot be used, OSError for a disk that is full or not writable.
     """
     cache = Path(data.cache_dir).expanduser()
@@ -75,8 +76,13 @@ def _key(data: DataConfig, vocab_size: int) -> str:
         if not path.is_file():
             raise ValueError(f"tokenizer: no file {path}; expected `train` or a tokenizer.json")
         tokenizer = hashlib.sha256(path.read_bytes()).hexdigest()
-    parts = [VERSION, tokenizers.__version__, fingerprint(data), tokenizer, vocab_size, data.holdout_fraction]
+    parts = [code_digest(CODE), tokenizers.__version__, fingerprint(data), tokenizer, vocab_size, data.holdout_fraction]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def code_digest(modules: tuple[str, ...]) -> str:
+    """SHA-256 of the sources of modules beside this one."""
+    return hashlib.sha256(b"\0".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)).hexdigest()
 
 
 def _rename(beside: Path, folder: Path) -> None:
@@ -89,16 +95,18 @@ def _rename(beside: Path, folder: Path) -> None:
 
 
 def _build(folder: Path, data: DataConfig, vocab_size: int, key: str) -> None:
+    # What can be wrong with the tokenizer is found before the corpus is read.
+    tokenizer = None if data.tokenizer == "train" else load_tokenizer(data.tokenizer, vocab_size)
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
     with tqdm(desc="reading the corpus", unit="doc", leave=False, disable=None) as bar:
         corpus = load_corpus(data)
         held_out = corpus.held_out(data.holdout_fraction)
         bar.reset(total=len(corpus.documents))
-        bar.set_description("training the tokenizer" if data.tokenizer == "train" else "loading the tokenizer")
-        if data.tokenizer == "train":
+        if tokenizer is None:
+            bar.set_description("training the tokenizer")
             training = (d.text for d, out in zip(corpus.documents, held_out, strict=True) if not out)
             tokenizer = train_tokenizer(training, vocab_size)
-        else:
-            tokenizer = load_tokenizer(data.tokenizer, vocab_size)
         bar.set_description("tokenising")
         documents: list[Int[np.ndarray, T]] = []
         for start in range(0, len(corpus.documents), ENCODE_BATCH):

@@ -45,16 +45,21 @@ def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """A tokenizer of at most `vocab_size` entries: special tokens, the 256 bytes, then merges in order of frequency.
-
-    Raises ValueError if special tokens and bytes alone are more.
-    """
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError if special tokens and bytes alone are more than `vocab_size`."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise ValueError(
             f"vocab_size: expected at least {smallest} ({len(SPECIAL_TOKENS)} special tokens and 256 bytes), got {vocab_size}"
         )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """A tokenizer of at most `vocab_size` entries: special tokens, the 256 bytes, then merges in order of frequency.
+
+    Raises ValueError as `check_vocab_size` does.
+    """
+    check_vocab_size(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = decoders.ByteLevel()

@@ -82,9 +82,12 @@ def test_the_order_of_asking_changes_nothing_about_a_document(data):
     assert any(len(a.tokens) != len(b.tokens) for a, b in zip(first[:20], first[20:], strict=True))  # epochs differ
 
 
-def test_seeds_give_other_orders(data):
+def test_the_seed_decides_both_the_order_and_what_happens_to_a_document(data):
     other = Data(replace(data.config, data_seed=1), data.store)
-    assert (next(data.train_batches(TRAIN))["tokens"] != next(other.train_batches(TRAIN))["tokens"]).any()
+    orders = [next(plain(d).train_batches(TRAIN))["tokens"].tolist() for d in (data, data, other)]
+    assert orders[0] == orders[1] != orders[2]
+    documents = [[d._prepared(index, 0).tokens.tolist() for index in range(20)] for d in (data, data, other)]
+    assert documents[0] == documents[1] != documents[2]
 
 
 def test_fim_comes_at_its_rate_in_training_and_never_in_evaluation(data):
@@ -191,6 +194,20 @@ def test_a_second_start_reads_the_cache_and_any_change_misses_it(small, data, mo
             build_data(changed, size)
     assert len(built) == 2
     assert [path for path in folder.parent.iterdir() if path.name.startswith("building")] == []
+
+
+def test_a_vocabulary_that_is_too_small_is_refused_before_the_corpus_is_read(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "load_corpus", lambda data: pytest.fail("read the corpus first"))
+    with pytest.raises(ValueError, match="vocab_size: expected at least 266"):
+        build_data(replace(small, cache_dir=str(tmp_path)), 265)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_code_makes_another_store(small, monkeypatch):
+    before = store._key(small, VOCAB_SIZE)
+    assert store._key(small, VOCAB_SIZE) == before
+    monkeypatch.setattr(store, "CODE", store.CODE[1:])
+    assert store._key(small, VOCAB_SIZE) != before
 
 
 def test_of_two_builders_the_second_uses_the_first_ones_work(small, tmp_path, monkeypatch):
