@@ -98,7 +98,7 @@ def ratios(pairs: Sequence[tuple[Line, Line]]) -> Line:
     """Ours over the peer's, pair by pair, and the median; only quantities that every line holds."""
     first = pairs[0][0]
     line: Line = {"size": first.get("size"), "what": "ratio ours/peer", "dtype": first.get("dtype"), "pairs": len(pairs)}
-    for quantity in ("tokens_per_s", "first_call_s", "peak_rss_mb"):
+    for quantity in ("tokens_per_s", "tokens_per_cpu_s", "first_call_s", "peak_rss_mb"):
         if all(side.get(quantity) for pair in pairs for side in pair):
             each = [ours[quantity] / peer[quantity] for ours, peer in pairs]
             line[quantity] = round(statistics.median(each), 3)

@@ -27,8 +27,8 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
     return {"tokens": tokens, "segment_ids": np.ones(shape, np.int32), "domain_ids": np.zeros(shape, np.int32)}
 
 
-def matmul_runs(dtype: str, size: int = 1024, products: int = 16) -> Iterator[float]:
-    """GFLOP/s of a chain of `products` dense products of size^3, for ever; each value is one timing."""
+def matmul_runs(dtype: str, size: int = 1024, products: int = 16) -> Iterator[tuple[float, float]]:
+    """GFLOP per second and per CPU-second of a chain of `products` dense products of size^3, for ever; one timing each."""
 
     @jax.jit
     def chain(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -37,9 +37,11 @@ def matmul_runs(dtype: str, size: int = 1024, products: int = 16) -> Iterator[fl
     x, identity = jnp.full((size, size), 0.5, dtype), jnp.eye(size, dtype=dtype)  # the product's values stay bounded
     jax.block_until_ready(chain(x, identity))
     while True:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         jax.block_until_ready(chain(x, identity))
-        yield products * 2 * size**3 / (time.perf_counter() - start) / 1e9
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        gflop = products * 2 * size**3 / 1e9
+        yield gflop / wall, gflop / cpu
 
 
 def peak_rss_mb() -> int:
@@ -52,7 +54,8 @@ def measure(size: str, config: Config, *, runs: int, steps: int, profile: bool, 
     """Yields the measurement's line and, with `profile`, the profile's.
 
     `started` is the `time.perf_counter()` at which the program began: `first_call_s` counts imports, initialisation and
-    compilation, `compile_s` the compiler alone. The matmul peak is measured between the timed runs, and the best counts.
+    compilation, `compile_s` the compiler alone; `tokens_per_cpu_s` counts the processor time of all threads, which hardly
+    moves when other programs run. The matmul peak is measured between the timed runs, and the best counts.
     """
     step = _Step(config)
     first_call = time.perf_counter() - started
@@ -60,22 +63,23 @@ def measure(size: str, config: Config, *, runs: int, steps: int, profile: bool, 
     steps = steps or STEPS.get(size, 1)
     tokens = config.train.batch_size * config.data.seq_len
     matmuls = {dtype: matmul_runs(dtype) for dtype in ("float32", "bfloat16")}
-    peaks: dict[str, list[float]] = {dtype: [] for dtype in matmuls}
-    speeds, seconds_cpu = [], []
+    peaks: dict[str, list[tuple[float, float]]] = {dtype: [] for dtype in matmuls}
+    speeds, speeds_cpu = [], []
     memory = 0
     for _ in range(runs):
         start, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             step()
         speeds.append(steps * tokens / (time.perf_counter() - start))
-        seconds_cpu.append((time.process_time() - cpu) / (steps * tokens))
+        speeds_cpu.append(steps * tokens / (time.process_time() - cpu))
         memory = memory or peak_rss_mb()
         for dtype, matmul in matmuls.items():
             peaks[dtype].append(next(matmul))
     dtype = config.model.compute_dtype
-    speed, peak = statistics.median(speeds), {name: max(values) for name, values in peaks.items()}
-    flops = training_flops_per_token(config.model, config.data.seq_len) * tokens
-    gflops = speed / tokens * flops / 1e9
+    speed, speed_cpu = statistics.median(speeds), statistics.median(speeds_cpu)
+    peak = {name: max(wall for wall, _ in values) for name, values in peaks.items()}
+    peak_cpu = max(per_cpu for _, per_cpu in peaks[dtype])
+    flops = training_flops_per_token(config.model, config.data.seq_len)  # a token's
     yield {
         "size": size,
         "what": "train",
@@ -83,14 +87,17 @@ def measure(size: str, config: Config, *, runs: int, steps: int, profile: bool, 
         "dtype": dtype,
         "tokens_per_s": round(speed, 1),
         "runs": [round(value, 1) for value in speeds],
-        "tokens_per_cpu_s": round(1 / statistics.median(seconds_cpu), 1),
+        "tokens_per_cpu_s": round(speed_cpu, 1),
         "first_call_s": round(first_call, 2),
         "compile_s": round(step.compile_s, 2),
         "peak_rss_mb": memory,
-        "matmul_flops_per_step": flops,
-        "gflops": round(gflops, 1),
+        "compiled_rss_mb": step.compiled_rss_mb,
+        "step_buffers_mb": step.buffers_mb(),
+        "matmul_flops_per_step": flops * tokens,
+        "gflops": round(speed * flops / 1e9, 1),
         "matmul_peak_gflops": {name: round(value, 1) for name, value in peak.items()},
-        "share_of_peak": round(gflops / peak[dtype], 3),
+        "share_of_peak": round(speed * flops / 1e9 / peak[dtype], 3),
+        "share_of_peak_per_cpu_s": round(speed_cpu * flops / 1e9 / peak_cpu, 3),
         "loss": round(step.loss, 4),
         "loadavg": round(os.getloadavg()[0], 1),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -123,6 +130,7 @@ class _Step:
         start = time.perf_counter()
         self._compiled = jitted.lower(state, batch, hyper).compile()
         self.compile_s = time.perf_counter() - start
+        self.compiled_rss_mb = peak_rss_mb()  # what imports and the compiler have taken, before anything runs
         self._run: Callable[[Any], Any] = lambda state: self._compiled(state, batch, hyper)
         self._state = state
         self()
@@ -130,6 +138,10 @@ class _Step:
     def __call__(self) -> None:
         self._state, metrics = self._run(self._state)
         self.loss = float(metrics["loss"])
+
+    def buffers_mb(self) -> int:
+        """What the compiled step allocates for its intermediates, in MB, by the compiler's own account."""
+        return self._compiled.memory_analysis().temp_size_in_bytes // 2**20
 
     def text(self) -> str:
         return self._compiled.as_text()
