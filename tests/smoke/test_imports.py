@@ -24,8 +24,8 @@ def test_every_module_of_the_package_imports_and_says_what_it_is(name):
 
 # A process each, because two programs may define a flag of the same name.
 @pytest.mark.parametrize("name", [n for n in _names(experiments) if not n.split(".")[-1].startswith("_")])
-def test_every_experiment_explains_its_flags(name):
+def test_every_experiment_starts_and_explains_itself(name):
     root = Path(experiments.__path__[0]).parent
     done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=root, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
-    assert f"{name}:" in done.stdout or "flags:" in done.stdout, done.stdout
+    assert "--" in done.stdout and "Try --helpfull" in done.stdout, done.stdout
