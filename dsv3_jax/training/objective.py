@@ -4,7 +4,7 @@ Every term is a sum over this micro-batch divided by a total over the whole opti
 a step is the plain sum over its micro-batches, whatever their number, padding included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,9 +52,15 @@ def batch_totals(batch: Batch, config: Config) -> Totals:
     """Totals over a batch of all rows of an optimiser step."""
     depths = range(config.model.num_nextn_predict_layers + 1)
     targets = [predicts_within_document(batch["segment_ids"], k).sum(dtype=jnp.float32) for k in depths]
-    counted = counted_tokens(batch, config)
-    tokens = jnp.array([c.sum(dtype=jnp.float32) for c in counted], jnp.float32)
-    sequences = jnp.array([c.any(axis=1).sum(dtype=jnp.float32) for c in counted], jnp.float32)
+    counted, n_main = counted_tokens(batch, config), config.model.n_main_moe_layers
+
+    def per_layer(count: Callable[[Array], Array]) -> Array:
+        # The main layers count the same tokens: once for all of them, so that the program does not grow with depth.
+        main = [jnp.broadcast_to(count(c), (n_main,)) for c in counted[: min(n_main, 1)]]
+        return jnp.concatenate([*main, *(count(c)[None] for c in counted[n_main:]), jnp.zeros((0,), jnp.float32)])
+
+    tokens = per_layer(lambda c: c.sum(dtype=jnp.float32))
+    sequences = per_layer(lambda c: c.any(axis=1).sum(dtype=jnp.float32))
     return Totals(jnp.stack(targets), tokens, sequences, load_LE=None)
 
 
