@@ -57,7 +57,7 @@ def step_config(released: dict[str, Any], *, model: dict[str, Any] | None = None
 def state_of(tensors: dict[str, np.ndarray], config: Config) -> training.TrainState:
     params, bias = from_checkpoint(tensors, config.model)
     zero = jnp.zeros((), jnp.int32)
-    return training.TrainState(params, init_optimizer(config.train, params), bias, zero, zero, zero)
+    return training.TrainState(params, init_optimizer(config.train, params), bias, zero, zero.copy(), zero.copy())
 
 
 def run_gradients(config: Config, tensors: dict[str, np.ndarray], batch: dict[str, np.ndarray], micro_batches: int) -> Any:

@@ -25,7 +25,10 @@ def micro_settings(folder: Path) -> dict[str, str]:
         num_attention_heads=2, num_key_value_heads=2, q_lora_rank="null", kv_lora_rank=8, qk_nope_head_dim=4,
         qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
     )  # fmt: skip
-    train = dict(steps=STEPS, batch_size=4, batch_size_start=2, micro_batch_size=2, warmup_steps=2, checkpoint_every=2)
+    train = dict(
+        steps=STEPS, batch_size=4, batch_size_start=2, micro_batch_size=2, warmup_steps=2, checkpoint_every=2,
+        bias_update_stop_tokens=11e12,  # about three quarters of the run
+    )  # fmt: skip
     data = dict(corpus=f"{folder}/corpus/*/*.txt", cache_dir=folder / "cache", seq_len=16, eval_sequences=6)
     return {name: str(value) for name, value in {**model, **train, **data}.items()}
 
