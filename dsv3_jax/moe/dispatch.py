@@ -45,9 +45,22 @@ def make_plan(indices_NK: Int[Array, "N K"], n_experts: int) -> Plan:
     return Plan(choice_R, row_R.reshape(indices_NK.shape), start_E, end_E - start_E)
 
 
+def to_bits(array: Array) -> Array:
+    """bfloat16 as integers of the same bits; any other dtype as it is. `from_bits` is the way back.
+
+    To gather, slice or update bfloat16, XLA on CPU converts the *whole* array to float32 and back. Integers it just moves.
+    """
+    return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def from_bits(array: Array, dtype: jnp.dtype) -> Array:
+    """The array of `dtype` whose `to_bits` is this."""
+    return lax.bitcast_convert_type(array, dtype) if dtype == jnp.bfloat16 else array
+
+
 def take_rows(values: Float[Array, "M D"], index: Int[Array, " R"]) -> Float[Array, "R D"]:
     """values[index], for indices that are in bounds by construction."""
-    return values.at[index].get(mode=IN_BOUNDS)
+    return from_bits(to_bits(values).at[index].get(mode=IN_BOUNDS), values.dtype)
 
 
 def sum_rows(rows_RD: Float[Array, "R D"], row_NK: Int[Array, "N K"]) -> Float[Array, "N D"]:

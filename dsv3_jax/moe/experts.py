@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.moe.dispatch import Plan, combine, dispatch, make_plan, sum_rows, take_rows
+from dsv3_jax.moe.dispatch import Plan, combine, dispatch, from_bits, make_plan, sum_rows, take_rows, to_bits
 
 Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
 
@@ -106,7 +106,7 @@ def _varying_like(sources, tree):
 # The walk. Blocks start at multiples of BLOCK from the expert's first row, so an expert's last block reaches into the rows of
 # the experts after it. Forward writes are simply overwritten when those experts' turn comes; what sums over rows (the weights'
 # gradients) selects the expert's own rows first, on both sides of the product, since 0 * NaN is NaN. Row buffers are BLOCK
-# rows longer than R, for the last block of all.
+# rows longer than R, for the last block of all; what the loops slice and update they hold as bits (see `to_bits`).
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:
@@ -118,7 +118,11 @@ def _slice(rows: Array, start: Array) -> Array:
 
 
 def _write(rows: Array, block: Array, start: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(rows, block.astype(rows.dtype), start, axis=0)
+    return lax.dynamic_update_slice_in_dim(rows, to_bits(block), start, axis=0)
+
+
+def _weights_of(expert: Array, weight_bits: Weights, dtype: jnp.dtype) -> list[Array]:
+    return [from_bits(lax.dynamic_index_in_dim(w, expert, keepdims=False), dtype) for w in weight_bits]
 
 
 def _row_inputs(gates_NK: Array, plan: Plan) -> tuple[Array, Array]:
@@ -148,34 +152,37 @@ def _for_each_block(count: Array, body: Callable, carry):
 def _walk_forward(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan):
     """-> y [N, D], and what the backward pass needs: the inputs, and both pre-activations of every row in x's dtype."""
     token_R, gates_R = _row_inputs(gates_NK, plan)
-    rows, (width, hidden) = token_R.shape[0], weights[2].shape[1:]
+    rows, (width, hidden), dtype = token_R.shape[0], weights[2].shape[1:], x_ND.dtype
+    weight_bits = jax.tree.map(to_bits, weights)
 
     def expert_step(expert, start, count, carry):
-        gate, up, down = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in weights)
+        gate, up, down = _weights_of(expert, weight_bits, dtype)
 
         def block_step(offset, carry):
             y_RD, g_RF, u_RF = carry
             at = start + offset
             x = take_rows(x_ND, _slice(token_R, at))
             g, u = _product("rd,df->rf", x, gate), _product("rd,df->rf", x, up)
-            a = (jax.nn.silu(g) * u * _slice(gates_R, at)[:, None]).astype(x.dtype)
-            return _write(y_RD, _product("rf,fd->rd", a, down), at), _write(g_RF, g, at), _write(u_RF, u, at)
+            a = (jax.nn.silu(g) * u * _slice(gates_R, at)[:, None]).astype(dtype)
+            blocks = (v.astype(dtype) for v in (_product("rf,fd->rd", a, down), g, u))
+            return tuple(_write(v, block, at) for v, block in zip((y_RD, g_RF, u_RF), blocks, strict=True))
 
         return _for_each_block(count, block_step, carry)
 
-    buffers = _varying_like([token_R], tuple(jnp.zeros((rows, size), x_ND.dtype) for size in (hidden, width, width)))
-    y_RD, g_RF, u_RF = _for_each_expert(plan, expert_step, buffers)
-    return sum_rows(y_RD, plan.row_NK).astype(x_ND.dtype), (x_ND, gates_NK, weights, plan, g_RF, u_RF)
+    buffers = tuple(to_bits(jnp.zeros((rows, size), dtype)) for size in (hidden, width, width))
+    y_RD, g_RF, u_RF = _for_each_expert(plan, expert_step, _varying_like([token_R], buffers))
+    return sum_rows(from_bits(y_RD, dtype), plan.row_NK).astype(dtype), (x_ND, gates_NK, weights, plan, g_RF, u_RF)
 
 
 def _walk_backward(saved, dy_ND: Array):
     x_ND, gates_NK, weights, plan, g_RF, u_RF = saved
     token_R, gates_R = _row_inputs(gates_NK, plan)
-    rows, (width, hidden) = token_R.shape[0], weights[2].shape[1:]
+    rows, (width, hidden), dtype = token_R.shape[0], weights[2].shape[1:], x_ND.dtype
+    weight_bits = jax.tree.map(to_bits, weights)
 
     def expert_step(expert, start, count, carry):
         dx_RD, dgates_R, dweights = carry
-        gate, up, down = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in weights)
+        gate, up, down = _weights_of(expert, weight_bits, dtype)
 
         def block_step(offset, carry):
             dx_RD, dgates_R, (dgate_FD, dup_FD, ddown_FD) = carry
@@ -183,16 +190,16 @@ def _walk_backward(saved, dy_ND: Array):
             own = (offset + jnp.arange(BLOCK, dtype=jnp.int32) < count)[:, None]
             token, scale = _slice(token_R, at), jnp.where(own, _slice(gates_R, at)[:, None], 0)
             x, dy = (jnp.where(own, take_rows(v, token), 0) for v in (x_ND, dy_ND))
-            g, u = (jnp.where(own, _slice(v, at), 0).astype(jnp.float32) for v in (g_RF, u_RF))
+            g, u = (jnp.where(own, from_bits(_slice(v, at), dtype), 0).astype(jnp.float32) for v in (g_RF, u_RF))
             sigmoid = jax.nn.sigmoid(g)
             silu = g * sigmoid
             h = silu * u
             dh = _product("rd,fd->rf", dy, down)
             da = dh * scale
-            du = (da * silu).astype(x.dtype)
-            dg = (da * u * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
-            a = (h * scale).astype(x.dtype)
-            dx = _product("rf,df->rd", dg, gate) + _product("rf,df->rd", du, up)
+            du = (da * silu).astype(dtype)
+            dg = (da * u * (sigmoid + silu * (1 - sigmoid))).astype(dtype)
+            a = (h * scale).astype(dtype)
+            dx = (_product("rf,df->rd", dg, gate) + _product("rf,df->rd", du, up)).astype(dtype)
             dweights = (
                 # [F, D] and not [D, F]: on CPU a product with the longer axis last is a third faster.
                 dgate_FD + _product("rf,rd->fd", dg, x),
@@ -203,13 +210,14 @@ def _walk_backward(saved, dy_ND: Array):
 
         zeros = _varying_like([token_R], (jnp.zeros((width, hidden), jnp.float32),) * 3)
         dx_RD, dgates_R, (dgate_FD, dup_FD, ddown_FD) = _for_each_block(count, block_step, (dx_RD, dgates_R, zeros))
-        new = (dgate_FD.T, dup_FD.T, ddown_FD)
-        put = lax.dynamic_update_index_in_dim
-        return dx_RD, dgates_R, tuple(put(dw, w.astype(dw.dtype), expert, 0) for dw, w in zip(dweights, new, strict=True))
+        new = (w[None].astype(dtype) for w in (dgate_FD.T, dup_FD.T, ddown_FD))
+        return dx_RD, dgates_R, tuple(_write(dw, w, expert) for dw, w in zip(dweights, new, strict=True))
 
-    zeros = jnp.zeros((rows, hidden), x_ND.dtype), jnp.zeros(rows, jnp.float32), jax.tree.map(jnp.zeros_like, weights)
+    dx_bits = to_bits(jnp.zeros((rows, hidden), dtype))
+    zeros = dx_bits, jnp.zeros(rows, jnp.float32), jax.tree.map(jnp.zeros_like, weight_bits)
     dx_RD, dgates_R, dweights = _for_each_expert(plan, expert_step, _varying_like([token_R], zeros))
-    return sum_rows(dx_RD, plan.row_NK).astype(x_ND.dtype), dgates_R[plan.row_NK], dweights, None
+    dx_ND = sum_rows(from_bits(dx_RD, dtype), plan.row_NK).astype(dtype)
+    return dx_ND, dgates_R[plan.row_NK], jax.tree.map(lambda w: from_bits(w, dtype), dweights), None
 
 
 @jax.custom_vjp
