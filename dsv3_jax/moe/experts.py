@@ -121,7 +121,7 @@ def _write(rows: Array, block: Array, start: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(rows, to_bits(block), start, axis=0)
 
 
-def _weights_of(expert: Array, weight_bits: Weights, dtype: jnp.dtype) -> list[Array]:
+def _weights_of(expert: Array, weight_bits: tuple[Array, ...], dtype: jnp.dtype) -> list[Array]:
     return [from_bits(lax.dynamic_index_in_dim(w, expert, keepdims=False), dtype) for w in weight_bits]
 
 
