@@ -80,12 +80,10 @@ class Checkpoints:
         if step == self.latest():
             return
         meta = {"config": to_dict(self.config), "progress": checkpoint.progress._asdict(), "ema": ema and ema.n_updates}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(checkpoint.state),
-            ema=ocp.args.StandardSave(ema.average if ema else {}),
-            meta=ocp.args.JsonSave(meta),
-        )
-        self._guarded("written", lambda: self._manager.save(step, args=items))
+        items = {"state": ocp.args.StandardSave(checkpoint.state), "meta": ocp.args.JsonSave(meta)}
+        if ema:
+            items["ema"] = ocp.args.StandardSave(ema.average)
+        self._guarded("written", lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def wait(self) -> None:
         """Return when the save under way is complete. Raises OSError as `save` does."""
@@ -98,18 +96,18 @@ class Checkpoints:
         """
         step = self.latest()
         assert step is not None, "ask latest() first"
-        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta = self._guarded("read", lambda: self._manager.restore(step, args=items)["meta"])
+        only_meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = self._guarded("read", lambda: self._manager.restore(step, args=only_meta)["meta"])
         changes = config_changes(self._guarded("read", lambda: from_dict(meta["config"])), self.config)
         if changes:
             raise ValueError(
                 f"{self.folder} holds a run of another config: {'; '.join(changes)}; undo that or take another --workdir"
             )
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), ema=ocp.args.StandardRestore(ema.average if ema else {})
-        )
-        restored = self._guarded("read", lambda: self._manager.restore(step, args=items))
+        arrays = {"state": ocp.args.StandardRestore(shapes)}
+        if ema:
+            arrays["ema"] = ocp.args.StandardRestore(ema.average)
+        restored = self._guarded("read", lambda: self._manager.restore(step, args=ocp.args.Composite(**arrays)))
         return Checkpoint(restored.state, ema and Ema(restored.ema, meta["ema"]), Progress(**meta["progress"]))
 
     def _guarded(self, action: str, call: Any) -> Any:

@@ -44,5 +44,5 @@ def validate(
     return Validation(scores, sums["domain_load"])
 
 
-def _ratio(total: float, count: float) -> float | None:
+def _ratio(total: float, count: int) -> float | None:
     return total / count if count and math.isfinite(total) else None

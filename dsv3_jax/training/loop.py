@@ -96,9 +96,12 @@ def _compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
 
 
 def compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
-    """Training and evaluation step; runs that differ in seeds or length alone share them within a process."""
-    same = {"seed": 0, "data_seed": 0, "steps": 1, "checkpoint_every": 1, "eval_every": 0}
-    return _compiled_steps(override(config, same), n_domains)
+    """Training and evaluation step; runs that differ in what only the host reads share them within a process."""
+    host_only = {
+        "seed": 0, "data_seed": 0, "steps": 1, "ema_decay": 0.0, "ema_every": 1,
+        "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 0, "nonfinite_limit": 1,
+    }  # fmt: skip
+    return _compiled_steps(override(config, host_only), n_domains)
 
 
 def eval_bytes(data: Data) -> dict[str, int]:
@@ -117,7 +120,9 @@ def _start(config: Config, checkpoints: Checkpoints) -> Checkpoint:
     ema = init_ema(like.params) if config.train.ema_decay else None
     if checkpoints.latest() is not None:
         return checkpoints.restore(like, ema)
-    return Checkpoint(init_state(config), ema, Progress(step=0, tokens=0, data_state=None))
+    # committed to the device as restored arrays are: a fresh and a resumed run compile the same program
+    state = jax.device_put(init_state(config), jax.local_devices()[0])
+    return Checkpoint(state, ema, Progress(step=0, tokens=0, data_state=None))
 
 
 def _hyper(config: Config, progress: Progress, total: int) -> dict[str, float]:
@@ -193,7 +198,7 @@ def _record(done: Done, domains: Any, skipped: "_Skipped", seconds: float) -> tu
         "step": done.step,
         "tokens": done.tokens,
         **{name: finite(metrics[name]) for name in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm")},
-        **done.hyper,
+        **{name: finite(value) for name, value in done.hyper.items()},
         "sequences": done.sequences,
         "targets": int(metrics["tokens"]),
         "max_vio": max_vio,
@@ -243,8 +248,8 @@ class _Skipped:
     def check(self, record: dict[str, Any]) -> None:
         if self.in_row >= self.limit:
             raise FloatingPointError(
-                f"step {record['step']}: {' and '.join(record['nonfinite'])} not finite, the {self.in_row}th update in a row "
-                "to be skipped (nonfinite_limit); the last good checkpoint is kept"
+                f"step {record['step']}: {' and '.join(record['nonfinite'])} not finite; {self.in_row} updates in a row "
+                "skipped (nonfinite_limit), the last good checkpoint is kept"
             )
 
 

@@ -64,6 +64,13 @@ def test_what_is_restored_is_what_was_saved_bits_and_dtypes(tmp_path):
     assert all(type(x) is np.ndarray for x in jax.tree.leaves(restored.ema.average)), "the average stays on the host"
 
 
+def test_a_run_without_an_average_stores_none(tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(example(2)._replace(ema=None))
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert_same(checkpoints.restore(zeros(example(2))[0], None), example(2)._replace(ema=None))
+
+
 def test_arrays_may_be_donated_or_overwritten_as_soon_as_save_returns(tmp_path):
     checkpoint, expected = example(1), example(1)
     big = jnp.arange(1 << 20, dtype=jnp.float32)
@@ -143,14 +150,13 @@ def test_a_damaged_checkpoint_is_one_line_naming_its_folder_and_is_never_skipped
 
 
 def test_a_full_disk_is_an_oserror_and_the_last_good_checkpoint_stays(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
+    async def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save(tmp_path, 1)
     with Checkpoints(tmp_path, override(CONFIG, {"keep_checkpoints": 1})) as checkpoints:
         with monkeypatch.context() as patch:
             patch.setattr(ocp.JsonCheckpointHandler, "async_save", full)
-            patch.setattr(ocp.JsonCheckpointHandler, "save", full)
             with pytest.raises(OSError, match="could not be written .*No space left") as error:
                 checkpoints.save(example(2))
                 checkpoints.wait()
