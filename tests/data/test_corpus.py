@@ -27,6 +27,7 @@ def test_a_copy_with_other_layout_and_another_year_is_dropped():
     second = f"COPYRIGHT (c) 2024 Some Body\n\n{LICENCE.replace(' ', chr(10))}"
     assert kept(first, second) == [first]
     assert kept("a, b; c!", "A B C") == ["a, b; c!"]
+    assert kept("since 2019", "since 2024", "since 3024") == ["since 2019", "since 3024"]
     assert kept("...", "!!!", "...") == ["...", "!!!"]
 
 

@@ -45,6 +45,12 @@ def test_a_file_that_two_globs_match_is_read_once(folder):
     assert len(read(f"{folder}/*.txt,{folder}/a.*,{folder.parent}/**/*")) == 1
 
 
+def test_a_glob_within_the_folder_still_knows_the_folders_name(folder, monkeypatch):
+    (folder / "a.txt").write_text("one")
+    monkeypatch.chdir(folder)
+    assert read(f"*.txt,{folder}/*") == [("poems", "one")]
+
+
 def test_a_long_text_becomes_several_documents_that_join_to_it(folder):
     text = "".join(f"line {i}\n" for i in range(40_000))
     (folder / "a.txt").write_text(text)

@@ -138,6 +138,13 @@ def test_held_out_text_is_not_in_the_training_text(data):
     assert not any(text in training for text in held_out)
 
 
+def test_the_tokenizer_learns_from_training_documents_alone(small, data, tmp_path, monkeypatch):
+    learned = []
+    monkeypatch.setattr(store, "train_tokenizer", lambda texts, size: learned.extend(texts) or data.tokenizer)
+    built = build_data(replace(small, cache_dir=str(tmp_path)), VOCAB_SIZE)
+    assert [text.encode() for text in learned] == list(built.train_texts())
+
+
 def test_evaluated_bytes_are_those_of_the_targets_in_every_domain(data):
     counted = np.zeros(3, np.int64)
     rows = 0
