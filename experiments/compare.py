@@ -150,9 +150,13 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    _cli.define_config_flags()
+def define_flags() -> None:
     flags.DEFINE_string("vary", None, "name=value,value,...: the setting that the arms differ in; the first is the baseline")
     flags.DEFINE_integer("seeds", 3, "runs of each arm")
     flags.DEFINE_float("budget", None, "minutes that the whole comparison may take")
+
+
+if __name__ == "__main__":
+    _cli.define_config_flags()
+    define_flags()
     _cli.run(main)

@@ -99,7 +99,8 @@ def compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
     """Training and evaluation step; runs that differ in what only the host reads share them within a process."""
     host_only = {
         "seed": 0, "data_seed": 0, "steps": 1, "ema_decay": 0.0, "ema_every": 1,
-        "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 0, "nonfinite_limit": 1,
+        "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 0, "nonfinite_limit": 1, "warmup_steps": 0,
+        "learning_rate": 1.0, "bias_update_speed": 0.0, "mtp_loss_weight": 0.0, "mtp_loss_weight_late": 0.0,
     }  # fmt: skip
     return _compiled_steps(override(config, host_only), n_domains)
 
