@@ -114,7 +114,10 @@ def _stack_frames(hlo: str) -> Callable[[int], list[tuple[str, str]]]:
 
     def stack(number: int) -> list[tuple[str, str]]:
         frames: list[tuple[str, str]] = []
-        while frame := stack_frames.get(number):
+        for _ in stack_frames:  # a stack is no deeper than the table is long
+            frame = stack_frames.get(number)
+            if frame is None:
+                break
             location = locations.get(field(frame, "file_location_id"), "")
             file, function = field(location, "file_name_id"), field(location, "function_name_id")
             frames.append((tables["FileNames"].get(file, ""), tables["FunctionNames"].get(function, "")))
