@@ -73,12 +73,18 @@ def _backward(scale: float, saved: Any, d_out: Array) -> tuple[Array, Array, Arr
         d_weights = jnp.einsum("bgqtw,bgsw->bgqts", d_out_, v[:, :, :stop], preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - delta_) * scale).astype(q.dtype)
         d_q.append(jnp.einsum("bgqts,bgsc->bgqtc", d_scores, k[:, :, :stop]))
-        # The narrow operand first, so that it and the result are what gets transposed, not [t, s].
-        d_v_ = jnp.einsum("bgqtw,bgqts->bgws", d_out_, weights.astype(v.dtype), preferred_element_type=jnp.float32)
-        d_k_ = jnp.einsum("bgqtc,bgqts->bgcs", q_, d_scores, preferred_element_type=jnp.float32)
-        d_v = d_v.at[:, :, :stop].add(jnp.swapaxes(d_v_, 2, 3))
-        d_k = d_k.at[:, :, :stop].add(jnp.swapaxes(d_k_, 2, 3))
+        d_v = d_v.at[:, :, :stop].add(_over_queries(weights.astype(v.dtype), d_out_))
+        d_k = d_k.at[:, :, :stop].add(_over_queries(d_scores, q_))
     return jnp.concatenate(d_q, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+def _over_queries(square: Array, narrow: Array) -> Array:
+    """[B, G, Q, t, s] and [B, G, Q, t, x] -> float32 [B, G, s, x]."""
+    if square.dtype == jnp.float32:
+        # The narrow operand first, so that it and the result are what gets transposed, not [t, s].
+        return jnp.swapaxes(jnp.einsum("bgqtx,bgqts->bgxs", narrow, square), 2, 3)
+    # XLA's CPU backend has no BF16 product whose float32 result is transposed.
+    return jnp.einsum("bgqts,bgqtx->bgsx", square, narrow, preferred_element_type=jnp.float32)
 
 
 causal_attention.defvjp(_forward, _backward)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import causal_attention
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import attention, attention_spec
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
@@ -66,6 +67,23 @@ def test_gradients_equal_those_of_the_textbook_formula_over_several_blocks_and_d
         # Both float32, summed in another order: relative to the tensor's own norm.
         error = float(jnp.linalg.norm(a - e) / jnp.linalg.norm(e))
         assert error < 3e-6, (jax.tree_util.keystr(path), error)
+
+
+def test_bfloat16_gradients_exist_on_this_machine_and_are_the_float32_ones_to_rounding():
+    """Shapes that a matrix library takes, unlike those of a toy: its BF16 products are not all implemented on CPU."""
+    shapes = [(2, 4, 1, 70, 24), (2, 4, 70, 24), (2, 4, 70, 16)]
+    q, k, v = (0.5 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+
+    def loss(q, k, v):
+        return jnp.square(causal_attention(q, k, v, None, 0.2).astype(jnp.float32)).sum()
+
+    narrow = [a.astype(jnp.bfloat16) for a in (q, k, v)]
+    actual = quick_jit(jax.grad(loss, argnums=(0, 1, 2)))(*narrow)
+    expected = quick_jit(jax.grad(loss, argnums=(0, 1, 2)))(*(a.astype(jnp.float32) for a in narrow))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        error = float(jnp.linalg.norm(a.astype(jnp.float32) - e) / jnp.linalg.norm(e))
+        assert error < 1e-2, error  # a few roundings of 2^-9
 
 
 def test_the_future_is_invisible():
