@@ -391,15 +391,22 @@ MUTANTS = [
     Mutant("14 balance gradient scaled", plain_step, [(step, "objective", balance_gradient_doubled)]),
 ]  # fmt: skip
 
+
+
+def listed(items: list[Any], check_of: Callable[[Any], Any], name_of: Callable[[Any], str]) -> list[Any]:
+    """Parameters; those that compile the whole model's gradient step are slow."""
+    return [pytest.param(i, id=name_of(i), marks=[pytest.mark.slow] if check_of(i) is STEP else []) for i in items]
+
+
 CHECKS = list({m.check: None for m in MUTANTS})
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", listed(CHECKS, lambda check: check, lambda check: check.__name__))
 def test_check_passes_on_the_sound_code(check):
     check()
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.bug)
+@pytest.mark.parametrize("mutant", listed(MUTANTS, lambda m: m.check, lambda m: m.bug))
 def test_mutant_is_killed(mutant, monkeypatch):
     for owner, name, faulty in mutant.patches:
         if isinstance(owner, dict):

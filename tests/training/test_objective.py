@@ -12,7 +12,7 @@ from oracles.numpy_model import aligned_targets, cross_entropy, forward
 from oracles.random_checkpoint import random_tensors
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ragged_micro_batches_add_up_to_the_objective_of_the_whole_batch(micro_batches):
     """With 4 the last micro-batch is nothing but padding, and the second has half the targets of the first."""
     check_step_equals_the_reference(micro_batches=micro_batches)
@@ -23,6 +23,7 @@ def test_losses_over_the_whole_batch_are_counted_before_they_are_cut(controller,
     check_step_equals_the_reference(PLAIN, micro_batches=4, balance=balance, controller=controller)
 
 
+@pytest.mark.slow
 def test_a_batch_wise_loss_needs_no_counting_pass_for_one_micro_batch():
     check_step_equals_the_reference(PLAIN, micro_batches=1, balance="batch", controller="batch")
 
@@ -31,6 +32,7 @@ def test_mean_over_layers_leaves_mtp_out_where_it_is_not_balanced():
     check_step_equals_the_reference(micro_batches=1, balance_mtp=False, aux_loss_reduction="mean")
 
 
+@pytest.mark.slow
 def test_mean_over_layers_takes_mtp_in_where_it_is_balanced():
     check_step_equals_the_reference(micro_batches=1, aux_loss_reduction="mean")
 
