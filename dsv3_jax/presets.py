@@ -5,10 +5,11 @@ set `rope_scaling=null`.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from dsv3_jax.config import Config, DataConfig, ModelConfig, RopeScaling, TrainConfig
 
-_NO_BIAS = dict(scoring_func="softmax", norm_topk_prob=False, group_score_topk=1)
+_NO_BIAS: dict[str, Any] = dict(scoring_func="softmax", norm_topk_prob=False, group_score_topk=1)
 _V2_YARN = RopeScaling(mscale=0.707, mscale_all_dim=0.707)
 
 DEEPSEEK_V3_671B = ModelConfig()
@@ -49,7 +50,7 @@ GLM_4_7_FLASH = ModelConfig(
 )  # fmt: skip
 
 # For tests, ablations and laptops: every mechanism of V3, small.
-_SMALL = dict(rope_scaling=None, max_position_embeddings=4096, compute_dtype="float32", remat="none")
+_SMALL: dict[str, Any] = dict(rope_scaling=None, max_position_embeddings=4096, compute_dtype="float32", remat="none")
 
 TINY = ModelConfig(
     vocab_size=1024, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,

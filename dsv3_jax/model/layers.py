@@ -1,6 +1,7 @@
 """RMSNorm, SwiGLU, and the names that rematerialisation policies speak of [§2.1, §3.3]."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,12 +16,21 @@ from dsv3_jax.model.spec import Spec, SpecTree
 NORM, MLA_UP, SWIGLU = "norm", "mla_up", "swiglu"
 
 
+# Elementwise functions keep their inputs alone for the backward pass, whatever the policy: recomputing the rest is cheaper
+# than writing it to memory and reading it back.
+_keep_inputs = partial(jax.checkpoint, prevent_cse=False)
+
+
 def rms_norm(x: Float[Array, "*batch D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
     """x / sqrt(mean(x^2) + eps) * gain over the last axis, in float32; returns x's dtype."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    gain = gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)
-    return checkpoint_name((normed * gain).astype(x.dtype), NORM)
+
+    @_keep_inputs
+    def normalise(x: Array, gain: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+        return (normed * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)).astype(x.dtype)
+
+    return checkpoint_name(normalise(x, gain), NORM)
 
 
 def swiglu_spec(hidden: int, width: int, axis: str = "mlp") -> SpecTree:
@@ -34,8 +44,8 @@ def swiglu_spec(hidden: int, width: int, axis: str = "mlp") -> SpecTree:
 def swiglu(params: Mapping[str, Array], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """down(silu(gate(x)) * up(x)); weights are cast to x's dtype."""
     gate, up, down = (params[name].astype(x.dtype) for name in ("gate_proj", "up_proj", "down_proj"))
-    hidden = checkpoint_name(jax.nn.silu(x @ gate) * (x @ up), SWIGLU)
-    return hidden @ down
+    hidden = _keep_inputs(lambda g, u: jax.nn.silu(g) * u)(x @ gate, x @ up)
+    return checkpoint_name(hidden, SWIGLU) @ down
 
 
 def rematerialised(function: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:

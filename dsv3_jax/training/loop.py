@@ -27,7 +27,7 @@ from dsv3_jax.training.ema import Ema, init_ema, update_ema
 from dsv3_jax.training.evaluate import Validation, validate
 from dsv3_jax.training.header import describe, header_lines
 from dsv3_jax.training.journal import Journal, finite, write_json
-from dsv3_jax.training.step import Hyper, TrainState, init_state, make_eval_step, make_train_step
+from dsv3_jax.training.step import Hyper, TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 
 class Result(NamedTuple):
@@ -117,7 +117,7 @@ def master_weights(state: TrainState) -> Any:
 
 def _start(config: Config, checkpoints: Checkpoints) -> Checkpoint:
     """The newest checkpoint, or step 0."""
-    like = jax.eval_shape(lambda: init_state(config))
+    like = abstract_state(config)
     ema = init_ema(like.params) if config.train.ema_decay else None
     if checkpoints.latest() is not None:
         return checkpoints.restore(like, ema)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.module import init_variables
+from dsv3_jax.model.module import Variables, abstract_variables, init_variables
 from dsv3_jax.moe.balance import Controller, controller_of, count_load, max_violation
 from dsv3_jax.moe.router import Routing
 from dsv3_jax.training.objective import (
@@ -51,9 +51,18 @@ class Hyper(NamedTuple):
 
 
 def init_state(config: Config) -> TrainState:
-    params, bias = init_variables(config.model, config.train.seed)
+    return _first_state(init_variables(config.model, config.train.seed), config)
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and dtypes of `init_state`, without allocating anything."""
+    return jax.eval_shape(lambda variables: _first_state(variables, config), abstract_variables(config.model))
+
+
+def _first_state(variables: Variables, config: Config) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, init_optimizer(config.train, params), bias, zero, zero.copy(), zero.copy())
+    opt_state = init_optimizer(config.train, variables.params)
+    return TrainState(variables.params, opt_state, variables.bias_LE, zero, zero.copy(), zero.copy())
 
 
 def make_train_step(config: Config, n_domains: int) -> Callable[[TrainState, MicroBatches, Hyper], tuple[TrainState, Metrics]]:
