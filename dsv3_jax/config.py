@@ -294,13 +294,14 @@ class DataConfig:
     cross_document_attention: bool = True  # packed documents see each other, as in pre-training
     fim_rate: float = 0.1
     punctuation_split_rate: float = 0.1  # share of merged punctuation+newline tokens split again; not disclosed
+    shuffle_windows: int = 1024  # packed windows are permuted within blocks of so many; 1: left in the order of packing
     holdout_fraction: float = 0.05
     eval_sequences: int = 128  # most held-out sequences that one validation reads
     data_seed: int = 0
 
     def __post_init__(self) -> None:
         _require(self.seq_len > 1, f"seq_len: expected at least 2, got {self.seq_len}")
-        _require_positive(self, "eval_sequences")
+        _require_positive(self, "eval_sequences", "shuffle_windows")
         for name in ("fim_rate", "punctuation_split_rate"):
             _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0..1, got {getattr(self, name)}")
         _require(0 < self.holdout_fraction < 1, f"holdout_fraction: expected 0 < fraction < 1, got {self.holdout_fraction}")

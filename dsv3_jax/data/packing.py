@@ -5,7 +5,7 @@ after the first is the target of exactly one window. (Predicting a document's BO
 whoever reads the segments.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -72,6 +72,38 @@ class WindowIterator(grain.DatasetIterator[Window]):
         if self._held is None or self._held[0] != position:
             self._held = (position, self._documents[position])
         return self._held[1]
+
+
+class ShuffledWindows(Iterator[Window]):
+    """The windows of an endless iterator, permuted within blocks of `block`: neighbours of one document part company.
+
+    The state is the block's (where it starts in the stream, its number) and how many of its windows have been given out.
+    """
+
+    def __init__(self, windows: WindowIterator, block: int, seed: int):
+        self._windows, self._block, self._seed = windows, block, seed
+        self._number, self._given = 0, 0
+        self._origin, self._held = windows.get_state(), list[Window]()
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"origin": self._origin, "block": self._number, "given": self._given}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._origin, self._number, self._given = state["origin"], int(state["block"]), int(state["given"])
+        self._windows.set_state(self._origin)
+        self._held = []
+
+    def __next__(self) -> Window:
+        if not self._held:
+            order = np.random.default_rng((self._seed, self._number)).permutation(self._block)
+            in_turn = [next(self._windows) for _ in range(self._block)]
+            self._held = [in_turn[i] for i in order]
+        window = self._held[self._given]
+        self._given += 1
+        if self._given == self._block:
+            self._number, self._given, self._origin, self._held = self._number + 1, 0, self._windows.get_state(), []
+        return window
 
 
 def stack(windows: Sequence[Window], shape: tuple[int, int], seq_len: int, pad: int) -> dict[str, Int32[np.ndarray, "A B S"]]:

@@ -12,7 +12,7 @@ from jaxtyping import Int, Int32
 
 from dsv3_jax.config import DataConfig, TrainConfig
 from dsv3_jax.data.fim import fill_in_middle
-from dsv3_jax.data.packing import TokenDocument, Window, WindowIterator, stack
+from dsv3_jax.data.packing import ShuffledWindows, TokenDocument, Window, WindowIterator, stack
 from dsv3_jax.data.store import Store, open_store
 from dsv3_jax.data.tokenizer import Tokenizer, split_merged
 
@@ -53,7 +53,8 @@ class Data:
             .repeat()
             .map_with_index(lambda position, index: self._prepared(int(index), position // len(self.train_documents)))
         )
-        windows = WindowIterator(documents, self.config.seq_len, self.tokenizer.pad)
+        stream = WindowIterator(documents, self.config.seq_len, self.tokenizer.pad)
+        windows = ShuffledWindows(stream, self.config.shuffle_windows, self.config.data_seed)
         batches = TrainBatches(windows, train, self.config.seq_len, self.tokenizer.pad)
         if start_state is not None:
             batches.set_state(start_state)
@@ -124,7 +125,7 @@ class Data:
 class TrainBatches(Iterator[Batch]):
     """Batches of packed windows; the state is the windows' (small, JSON-able)."""
 
-    def __init__(self, windows: WindowIterator, train: TrainConfig, seq_len: int, pad: int):
+    def __init__(self, windows: ShuffledWindows, train: TrainConfig, seq_len: int, pad: int):
         self._windows, self._seq_len, self._pad = windows, seq_len, pad
         self._batch_size = train.batch_size
         self._shape = (train.n_micro_batches, train.batch_size // train.n_micro_batches)

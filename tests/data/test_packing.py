@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.data.packing import TokenDocument, WindowIterator, stack
+from dsv3_jax.data.packing import ShuffledWindows, TokenDocument, WindowIterator, stack
 
 BOS, PAD = 0, 2
 
@@ -101,3 +101,30 @@ def test_rows_beyond_the_windows_are_padding():
 def test_more_windows_than_rows_is_our_own_mistake():
     with pytest.raises(AssertionError):
         stack(list(WindowIterator(documents([20]), 4, PAD))[:3], (1, 2), 4, PAD)
+
+
+def shuffled(block: int, seed: int = 0) -> ShuffledWindows:
+    return ShuffledWindows(WindowIterator(documents([9] * 400), 4, PAD), block, seed)
+
+
+@given(st.integers(1, 7), st.integers(0, 25))
+def test_shuffled_windows_continue_exactly_from_any_state(block, given_out):
+    running = shuffled(block)
+    for _ in range(given_out):
+        next(running)
+    restored = shuffled(block)
+    restored.set_state(json.loads(json.dumps(running.get_state())))
+    for _ in range(2 * block + 3):
+        np.testing.assert_array_equal(next(restored).tokens, next(running).tokens)
+
+
+def test_each_block_is_a_permutation_of_the_windows_in_turn_and_another_in_each_block_and_seed():
+    in_turn, mixed = iter(WindowIterator(documents([9] * 400), 4, PAD)), shuffled(16)
+    orders = []
+    for _ in range(3):
+        expected = [tuple(next(in_turn).tokens) for _ in range(16)]
+        got = [tuple(next(mixed).tokens) for _ in range(16)]
+        assert sorted(got) == sorted(expected) and got != expected
+        orders.append([expected.index(window) for window in got])
+    assert orders[0] != orders[1] != orders[2]
+    assert [tuple(next(shuffled(16, seed)).tokens) for seed in range(4)].count(tuple(next(shuffled(16)).tokens)) < 4

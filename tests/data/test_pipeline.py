@@ -46,7 +46,7 @@ def test_batches_have_the_shape_of_the_interface(data):
 
 
 def test_an_epoch_has_every_training_document_once_and_the_next_one_another_order(data):
-    batches = data.train_batches(TRAIN)
+    batches = Data(replace(data.config, shuffle_windows=1), data.store).train_batches(TRAIN)  # windows in turn
     n = len(data.train_documents)
     texts: list[str] = []
     seen = []
