@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import remat
+
 # A block costs code, its keys beyond the diagonal cost work: (n + 1) / 2n of the full square for n blocks.
 MAX_BLOCKS, MIN_BLOCK = 8, 64
 
@@ -59,7 +61,7 @@ def _forward(q: Array, k: Array, v: Array, segments_BT: Array | None, scale: flo
         )
         outs.append((out / total).astype(v.dtype))
         lses.append(peak + jnp.log(total))
-    out, lse = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+    out, lse = (remat.name(jnp.concatenate(parts, axis=3), remat.ATTENTION) for parts in (outs, lses))
     return out, (q, k, v, segments_BT, out, lse)
 
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import causal_attention
-from dsv3_jax.model.layers import MLA_UP, rms_norm
+from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.rope import apply_rope, softmax_scale
 from dsv3_jax.model.spec import Spec, SpecTree, gain
 
@@ -64,17 +64,17 @@ def attention_spec(config: ModelConfig) -> SpecTree:
 def _mla_heads(params: Mapping[str, Array], x_BTD: Array, config: ModelConfig) -> Heads:
     """Eqs. 1-9: compress to latents, normalise them, expand per head; k_rope bypasses the latent and its norm."""
 
+    def down(name: str) -> Array:
+        return remat.name(x_BTD @ params[name].astype(x_BTD.dtype), remat.LATENT)
+
     def up(latent_BTC: Array, name: str) -> Array:
-        expanded = jnp.einsum("btc,chd->bhtd", latent_BTC, params[name].astype(x_BTD.dtype))
-        return checkpoint_name(expanded, MLA_UP)
+        return jnp.einsum("btc,chd->bhtd", latent_BTC, params[name].astype(x_BTD.dtype))
 
     if config.q_lora_rank is None:
         q = up(x_BTD, "q_proj")
     else:
-        c_q_BTC = x_BTD @ params["q_a_proj"].astype(x_BTD.dtype)
-        q = up(rms_norm(c_q_BTC, params["q_a_layernorm"], config.latent_norm_eps), "q_b_proj")
-    compressed = x_BTD @ params["kv_a_proj_with_mqa"].astype(x_BTD.dtype)
-    c_kv_BTC, k_rope_BTR = jnp.split(compressed, [config.kv_lora_rank], axis=-1)
+        q = up(rms_norm(down("q_a_proj"), params["q_a_layernorm"], config.latent_norm_eps), "q_b_proj")
+    c_kv_BTC, k_rope_BTR = jnp.split(down("kv_a_proj_with_mqa"), [config.kv_lora_rank], axis=-1)
     kv = up(rms_norm(c_kv_BTC, params["kv_a_layernorm"], config.latent_norm_eps), "kv_b_proj")
     q_content, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     k_content, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)

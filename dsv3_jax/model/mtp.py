@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import rematerialised, rms_norm
+from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.spec import Spec, SpecTree, gain
 from dsv3_jax.model.transformer import Context, Hidden, Summary, block, block_spec, embed, keep_routing
 
@@ -95,7 +96,7 @@ def mtp_forward(
         weights, extra = jax.tree.map(lambda a, row=k - 1: a[row], (params["mtp"], extras))
         bias_E = bias_LE[config.n_main_moe_layers + k - 1]
         embedding = embed(params, shifted(tokens_BT, k), config)
-        x_BTD, kept = rematerialised(one_depth, config)(hidden, (weights, bias_E, embedding, extra))
+        x_BTD, kept = remat.rematerialised(one_depth, config)(hidden, (weights, bias_E, embedding, extra))
         normed = rms_norm(x_BTD, weights["norm"], config.rms_norm_eps)
         depths.append(Depth(normed, x_BTD, kept))
         hidden = normed if config.mtp_hidden == "post_norm" else x_BTD

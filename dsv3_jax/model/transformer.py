@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import rematerialised, rms_norm, swiglu, swiglu_spec
+from dsv3_jax.model.layers import rms_norm, swiglu, swiglu_spec
 from dsv3_jax.model.mla import attention, attention_spec
 from dsv3_jax.model.rope import rope_tables
 from dsv3_jax.model.spec import Spec, SpecTree, gain, stacked
@@ -101,7 +102,8 @@ def block(
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
     """Pre-norm attention and feed-forward; a mixture of experts where a router bias is given."""
     normed = rms_norm(x_BTD, params["input_layernorm"], config.rms_norm_eps)
-    x_BTD = x_BTD + attention(params["self_attn"], normed, context.rope, context.segments_BT, config)
+    attended = attention(params["self_attn"], normed, context.rope, context.segments_BT, config)
+    x_BTD = remat.name(x_BTD + attended, remat.RESIDUAL)
     normed = rms_norm(x_BTD, params["post_attention_layernorm"], config.rms_norm_eps)
     if bias_E is None:
         return x_BTD + swiglu(params["mlp"], normed), None
@@ -141,9 +143,9 @@ def forward(
         return x, summary(routing, extra)
 
     if config.n_dense_layers:
-        x_BTD, _ = jax.lax.scan(rematerialised(dense_layer, config), x_BTD, params["dense_layers"])
+        x_BTD, _ = jax.lax.scan(remat.rematerialised(dense_layer, config), x_BTD, params["dense_layers"])
     kept = None
     if config.n_main_moe_layers:
         layers = (params["moe_layers"], bias_LE[: config.n_main_moe_layers], extras)
-        x_BTD, kept = jax.lax.scan(rematerialised(moe_layer, config), x_BTD, layers)
+        x_BTD, kept = jax.lax.scan(remat.rematerialised(moe_layer, config), x_BTD, layers)
     return Hidden(rms_norm(x_BTD, params["norm"], config.rms_norm_eps), x_BTD, kept)

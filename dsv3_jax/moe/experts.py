@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import remat
 from dsv3_jax.moe.dispatch import Plan, combine, dispatch, from_bits, make_plan, sum_rows, take_rows, to_bits
 
 Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
@@ -70,7 +71,8 @@ def _ragged_dot(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weight
     plan = make_plan(indices_NK, gate.shape[0])
     x_RD = dispatch(x_ND, plan)
     gates_R1 = dispatch(gates_NK.reshape(-1, 1), plan._replace(row_NK=plan.row_NK.reshape(-1, 1)))
-    g_RF, u_RF = (lax.ragged_dot(x_RD, w, plan.count_E, preferred_element_type=jnp.float32) for w in (gate, up))
+    products = (lax.ragged_dot(x_RD, w, plan.count_E, preferred_element_type=jnp.float32) for w in (gate, up))
+    g_RF, u_RF = (remat.name(product, remat.SWIGLU_INPUT) for product in products)
     a_RF = (jax.nn.silu(g_RF) * u_RF * gates_R1).astype(x_ND.dtype)
     y_RD = lax.ragged_dot(a_RF, down, plan.count_E, preferred_element_type=jnp.float32)
     return combine(y_RD.astype(x_ND.dtype), plan)
@@ -171,6 +173,7 @@ def _walk_forward(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan):
 
     buffers = tuple(to_bits(jnp.zeros((rows, size), dtype)) for size in (hidden, width, width))
     y_RD, g_RF, u_RF = _for_each_expert(plan, expert_step, _varying_like([token_R], buffers))
+    g_RF, u_RF = (remat.name(v, remat.SWIGLU_INPUT) for v in (g_RF, u_RF))
     return sum_rows(from_bits(y_RD, dtype), plan.row_NK).astype(dtype), (x_ND, gates_NK, weights, plan, g_RF, u_RF)
 
 

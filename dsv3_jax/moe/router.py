@@ -6,12 +6,13 @@ wherever a token may not choose; the top-k of what it returns is chosen. Both ar
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.plugins import resolve
 
@@ -63,14 +64,24 @@ def route(
     logits = jnp.matmul(
         x.astype(jnp.float32), weight_DE.astype(jnp.float32), precision="highest", preferred_element_type=jnp.float32
     )
+    logits = remat.name(logits, remat.ROUTER)
     scores = resolve("scoring_func", config.scoring_func, SCORE_FUNCTIONS)(logits)
+    _require_like(logits, scores, "scoring_func", config.scoring_func)
     biased = jax.lax.stop_gradient(scores) + bias_E.reshape((1,) * (scores.ndim - 1) + (-1,))
     eligible = resolve("topk_method", config.topk_method, SELECTORS)(biased, config)
+    _require_like(logits, eligible, "topk_method", config.topk_method)
     k = config.num_experts_per_tok
     values, order = jax.lax.top_k(eligible, min(k + 1, config.n_routed_experts))
     indices = order[..., :k]
     margin = values[..., k - 1] - values[..., k] if k < config.n_routed_experts else jnp.full(scores.shape[:-1], jnp.inf)
     return Routing(indices, gates(scores, indices, config), scores, logits, margin)
+
+
+def _require_like(logits: Array, returned: Any, kind: str, name: str) -> None:
+    """Somebody else's function keeps to the signature."""
+    shape, dtype = getattr(returned, "shape", None), getattr(returned, "dtype", None)
+    if (shape, dtype) != (logits.shape, logits.dtype):
+        raise ValueError(f"{kind}: {name!r} returned {dtype} {shape}, expected {logits.dtype} {logits.shape}")
 
 
 def gates(

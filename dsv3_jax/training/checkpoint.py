@@ -116,9 +116,11 @@ class Checkpoints:
             return call()
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            if len(reason) > 200:  # paths in the middle; the operating system's word comes last
+                reason = f"{reason[:60]} ... {reason[-120:]}"
             if action == "written":
                 raise OSError(f"checkpoint under {self.folder} could not be written ({reason}); complete ones stay") from error
             folder = self.folder / str(self.latest())
             raise ValueError(
-                f"checkpoint {folder} is damaged ({reason[:200]}); remove that folder to go on from the one before it"
+                f"checkpoint {folder} is damaged ({reason}); remove that folder to go on from the one before it"
             ) from error

@@ -42,7 +42,7 @@ def header_lines(run: dict[str, Any]) -> list[str]:
             for name, row in run["data"]["domains"].items()
         ),
         f"length      {run['total_steps']:,} steps, {run['total_tokens']:,} tokens",
-        "counts      expert counts and balance losses: over a step's whole batch (nothing in micro-batch scope)",
+        "counts      experts' loads and balance losses: over a step's whole batch, none in micro-batch scope",
     ]
     differences = run["recipe_differences"]
     lines.append(f"recipe      {len(differences)} differences from the published one in router, balancing, MTP and schedules")
