@@ -338,7 +338,7 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
             raise ValueError(f"unknown setting {given!r}; nearest: {', '.join(nearest) or 'none'}")
         section = owners[name]
         hint = typing.get_type_hints(type(getattr(config, section)))[name]
-        changes[section][name] = parse_value(given, value, hint) if isinstance(value, str) else value
+        changes[section][name] = parse_value(given, value, hint) if isinstance(value, str) else _widened(value, hint)
     return dataclasses.replace(
         config, **{s: dataclasses.replace(getattr(config, s), **changes[s]) for s in SECTIONS if changes[s]}
     )
@@ -388,7 +388,14 @@ def _checked(cls: type, values: Any) -> dict[str, Any]:
     for key in values:
         nearest = ", ".join(difflib.get_close_matches(key, names)) or "none"
         _require(key in names, f"{cls.__name__}: unknown key {key!r}; nearest: {nearest}")
-    return dict(values)
+    hints = typing.get_type_hints(cls)
+    return {name: _widened(value, hints[name]) for name, value in values.items()}
+
+
+def _widened(value: Any, hint: Any) -> Any:
+    """JSON writes a float without a fraction as an integer."""
+    is_float = hint is float or float in typing.get_args(hint)
+    return float(value) if is_float and isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -180,3 +180,11 @@ def test_the_published_run_differs_from_the_recipe_in_nothing_and_a_changed_one_
     ]  # fmt: skip
     # Shape and precision are no part of the recipe.
     assert recipe_differences(override(preset("deepseek_v3_671b"), {"hidden_size": "64"})) == []
+
+
+def test_an_integer_in_a_float_field_becomes_a_float():
+    values = json.loads(json.dumps(to_dict(Config())).replace('"rope_theta": 10000.0', '"rope_theta": 10000'))
+    assert values["model"]["rope_theta"].__class__ is int
+    restored = from_dict(values).model.rope_theta
+    assert restored == 10000.0 and restored.__class__ is float
+    assert override(Config(), {"rope_theta": 50000}).model.rope_theta.__class__ is float

@@ -13,7 +13,8 @@ from dsv3_jax.config import override
 from dsv3_jax.moe.balance import controller_of
 from dsv3_jax.moe.router import route
 from dsv3_jax.plugins import resolve
-from dsv3_jax.training.step import train_step
+from dsv3_jax.presets import preset
+from dsv3_jax.training.step import make_train_step, train_step
 from oracles import numpy_moe
 from oracles.checks_step import DOMAINS, HYPER, PLAIN, cut, rows, state_of, step_config
 from oracles.compiling import quick_jit
@@ -91,3 +92,17 @@ def test_built_in_names_come_first_and_unknown_ones_list_them():
     assert resolve("kind", "abs", {"abs": abs}) is abs
     with pytest.raises(ValueError, match="kind: expected one of abs, sum or package.module:function, got 'max'"):
         resolve("kind", "max", {"abs": abs, "sum": sum})
+
+
+@pytest.mark.parametrize("field, function", [("scoring_func", "sums"), ("topk_method", "rounds")])
+def test_a_function_of_another_shape_or_dtype_is_refused_before_training(field, function, tmp_path, monkeypatch):
+    source = (
+        "import jax.numpy as jnp\n"
+        "def sums(logits):\n    return logits.sum(-1)\n"
+        "def rounds(biased, config):\n    return biased.astype(jnp.int32)\n"
+    )
+    (tmp_path / "offshape.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = override(preset("tiny"), {field: f"offshape:{function}"})
+    with pytest.raises(ValueError, match=f"{field}: 'offshape:{function}' returned .*, expected float32"):
+        make_train_step(config, 1)

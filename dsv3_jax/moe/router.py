@@ -77,6 +77,12 @@ def route(
     return Routing(indices, gates(scores, indices, config), scores, logits, margin)
 
 
+def check_router(config: ModelConfig) -> None:
+    """Raises ValueError if the score function or the selector cannot be loaded or does not keep to its signature."""
+    shapes = (1, 1), (1, config.n_routed_experts), (config.n_routed_experts,)
+    jax.eval_shape(lambda x, w, b: route(x, w, b, config), *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+
+
 def _require_like(logits: Array, returned: Any, kind: str, name: str) -> None:
     """Somebody else's function keeps to the signature."""
     shape, dtype = getattr(returned, "shape", None), getattr(returned, "dtype", None)

@@ -73,6 +73,7 @@ def train(
         raise ValueError(f"{workdir} holds a run already; add --resume to continue it, or take another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     data = build_data(config.data, config.model.vocab_size)
+    compiled_steps(config, len(data.domains))  # what somebody else's function gets wrong is said before anything is written
     with Checkpoints(workdir / "checkpoints", config) as checkpoints:
         start = _start(config, checkpoints)
         if start.progress.step < schedules.total_steps(config):

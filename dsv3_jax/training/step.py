@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model.module import Variables, abstract_variables, init_variables
 from dsv3_jax.moe.balance import Controller, controller_of, count_load, max_violation
-from dsv3_jax.moe.router import Routing
+from dsv3_jax.moe.router import Routing, check_router
 from dsv3_jax.training.objective import (
     Terms,
     Totals,
@@ -66,7 +66,12 @@ def _first_state(variables: Variables, config: Config) -> TrainState:
 
 
 def make_train_step(config: Config, n_domains: int) -> Callable[[TrainState, MicroBatches, Hyper], tuple[TrainState, Metrics]]:
-    """The compiled step; its first argument is donated. Raises ValueError if the controller cannot be loaded."""
+    """The compiled step; its first argument is donated.
+
+    Raises ValueError if a controller, score function or selector cannot be loaded or does not keep to its signature.
+    """
+    if config.model.n_moe_layers:
+        check_router(config.model)
     step = partial(train_step, config=config, controller=controller_of(config), n_domains=n_domains)
     return jax.jit(step, donate_argnums=0)
 
