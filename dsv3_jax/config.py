@@ -288,6 +288,7 @@ class DataConfig:
     corpus: str = "embedded"  # embedded | a glob of .txt/.jsonl/.parquet files (several separated by commas)
     domain_from: str = "path"  # path: the parent folder's name; or a field of the JSONL/Parquet records
     text_field: str = "text"
+    domain_bytes: int | None = None  # a sample of about so many bytes of each larger domain; null: all of it
     tokenizer: str = "train"  # train: a byte-level BPE of vocab_size entries on the corpus; or a tokenizer.json
     cache_dir: str = "~/.cache/dsv3_jax"
     seq_len: int = 4096
@@ -302,6 +303,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.seq_len > 1, f"seq_len: expected at least 2, got {self.seq_len}")
         _require_positive(self, "eval_sequences", "shuffle_windows")
+        cap = self.domain_bytes
+        _require(cap is None or cap > 0, f"domain_bytes: expected null or > 0, got {cap}")
         for name in ("fim_rate", "punctuation_split_rate"):
             _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0..1, got {getattr(self, name)}")
         _require(0 < self.holdout_fraction < 1, f"holdout_fraction: expected 0 < fraction < 1, got {self.holdout_fraction}")

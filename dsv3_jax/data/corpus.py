@@ -23,7 +23,8 @@ SHINGLE_SAMPLE = 4  # one phrase in so many is remembered
 COPIED_SHARE = 0.5  # a document is a near copy when more than this share of its phrases was seen before
 HOLDOUT_BYTES = 20_000  # less would make a noisy bits-per-byte
 HOLDOUT_MOST = 0.2
-HOLDOUT_PERSON = b"dsv3-holdout"  # keeps the split's hash apart from every other use of the same hash
+# Keeps each use of the hash apart from the others.
+HOLDOUT_PERSON, SAMPLE_PERSON = b"dsv3-holdout", b"dsv3-sample"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Corpus:
         less than HOLDOUT_BYTES gives up more, to at most HOLDOUT_MOST of its documents. Raises ValueError for a domain of
         one document.
         """
-        keys = np.array([_unit_hash(document.text) for document in self.documents])
+        keys = np.array([_unit_hash(document.text, HOLDOUT_PERSON) for document in self.documents])
         sizes = np.array([len(document.text.encode()) for document in self.documents])
         labels = np.array(domain_numbers(self))
         chosen = np.zeros(len(keys), bool)
@@ -70,9 +71,9 @@ class Corpus:
         return chosen
 
 
-def _unit_hash(text: str) -> float:
+def _unit_hash(text: str, person: bytes) -> float:
     """Uniform in [0, 1)."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=HOLDOUT_PERSON).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=person).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
@@ -129,13 +130,28 @@ def _phrase_sample(word_hashes: list[int]) -> set[int]:
 def load_corpus(data: DataConfig) -> Corpus:
     """The corpus that `data.corpus` names: `embedded`, or globs of the user's files. Raises ValueError, OSError."""
     if data.corpus == "embedded":
-        return make_corpus(embedded.documents(), embedded.DOMAINS)
-    return make_corpus(files.documents(data))
+        corpus = make_corpus(embedded.documents(), embedded.DOMAINS)
+    else:
+        corpus = make_corpus(files.documents(data))
+    return corpus if data.domain_bytes is None else sampled(corpus, data.domain_bytes)
+
+
+def sampled(corpus: Corpus, domain_bytes: int) -> Corpus:
+    """Of each domain, documents chosen by the hash of their text until they hold `domain_bytes`; the order stays."""
+    kept: set[int] = set()
+    for domain in corpus.domains:
+        members = [i for i, document in enumerate(corpus.documents) if document.domain == domain]
+        members.sort(key=lambda i: _unit_hash(corpus.documents[i].text, SAMPLE_PERSON))
+        sizes = np.cumsum([len(corpus.documents[i].text.encode()) for i in members])
+        kept.update(members[: int(np.searchsorted(sizes, domain_bytes)) + 1])
+    documents = [document for i, document in enumerate(corpus.documents) if i in kept]
+    return Corpus(corpus.domains, documents, corpus.duplicates)
 
 
 def fingerprint(data: DataConfig) -> str:
     """Changes whenever `load_corpus` would give other documents, at less cost."""
-    return embedded.fingerprint() if data.corpus == "embedded" else files.fingerprint(data)
+    source = embedded.fingerprint() if data.corpus == "embedded" else files.fingerprint(data)
+    return f"{source} {data.domain_bytes}"
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:

@@ -6,6 +6,8 @@ removed only after that.
 """
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -115,12 +117,17 @@ class Checkpoints:
         try:
             return call()
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            if len(reason) > 200:  # paths in the middle; the operating system's word comes last
-                reason = f"{reason[:60]} ... {reason[-120:]}"
+            reason = _reason(error)
             if action == "written":
                 raise OSError(f"checkpoint under {self.folder} could not be written ({reason}); complete ones stay") from error
             folder = self.folder / str(self.latest())
             raise ValueError(
                 f"checkpoint {folder} is damaged ({reason}); remove that folder to go on from the one before it"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One short line: the operating system's word where the storage library quotes its error number."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    number = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(number[1])) if number else text[:200]

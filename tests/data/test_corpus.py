@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import DataConfig
+from dsv3_jax.data import corpus as corpus_module
 from dsv3_jax.data import embedded
 from dsv3_jax.data.corpus import HOLDOUT_MOST, Corpus, load_corpus, make_corpus, table, without_copies
 from dsv3_jax.data.documents import Document, split_long
@@ -138,3 +139,16 @@ def test_the_whole_embedded_corpus_has_text_to_train_and_to_evaluate_on_in_every
         chosen = np.array([d.domain == domain for d in corpus.documents]) & held_out
         evaluated = sum(len(d.text.encode()) for d, out in zip(corpus.documents, chosen, strict=True) if out)
         assert row["bytes"] > 100_000 and evaluated > 15_000, (number, domain, row, evaluated)
+
+
+def test_a_sample_of_a_domain_keeps_order_and_stops_at_the_first_document_past_the_limit():
+    documents = [Document(domain="ab"[i % 3 == 0], text=f"{i} " + "word " * (i % 7 + 1)) for i in range(60)]
+    corpus = Corpus(("a", "b"), documents, 0)
+    sample = corpus_module.sampled(corpus, 200)
+    assert [d for d in documents if d in sample.documents] == sample.documents
+    for domain in "ab":
+        sizes = [len(d.text.encode()) for d in sample.documents if d.domain == domain]
+        assert 200 <= sum(sizes) < 200 + max(len(d.text.encode()) for d in documents)
+    assert corpus_module.sampled(corpus, 10**9).documents == documents
+    fewer = corpus_module.sampled(corpus, 100).documents
+    assert set(fewer) < set(sample.documents)  # nested: a smaller sample is part of a larger one
