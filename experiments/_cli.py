@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Parse flags and call `main`. User errors end in one line on stderr and exit status 2, Ctrl-C in 130."""
 
     def guarded(argv: list[str]) -> Any:
-        logging.set_verbosity(logging.ERROR)  # the libraries' own progress is not ours
+        logging.set_verbosity(logging.FATAL)  # what a library logs about an error is said again below, in one line
+        _silence_failed_writers()
         if argv[1:]:
             return _fail(f"unexpected argument {argv[1]!r}; flags look like --name=value")
         try:
@@ -54,6 +56,18 @@ def run(main: Callable[[], int | None]) -> None:
             sys.exit(_fail(str(error)))
 
     app.run(guarded, flags_parser=parse)
+
+
+def _silence_failed_writers() -> None:
+    """After a write has failed, the checkpoint library's other writers find their event loop closed and say so at length."""
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _fail(message: str) -> int:

@@ -1,8 +1,6 @@
 """Checkpoints: exact, complete or absent, one clear line otherwise."""
 
-import contextlib
 import json
-import resource
 import shutil
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -147,31 +145,6 @@ def test_a_damaged_checkpoint_is_one_line_naming_its_folder_and_is_never_skipped
         checkpoints.restore(*zeros(example(2)))
     assert "\n" not in str(error.value)
     assert f"checkpoint {tmp_path / '2'} is damaged" in str(error.value)
-
-
-@contextlib.contextmanager
-def files_at_most(n_bytes):
-    """Any longer write of this process fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_is_an_oserror_and_the_last_good_checkpoint_stays(tmp_path):
-    save(tmp_path, 1)
-    noise = jax.random.normal(jax.random.key(9), (1 << 18,))  # a megabyte that no compression makes small
-    too_big = example(2)._replace(state=State({"noise": noise}, None, jnp.int32(2)))
-    with Checkpoints(tmp_path, override(CONFIG, {"keep_checkpoints": 1})) as checkpoints:
-        with files_at_most(1 << 17), pytest.raises(OSError, match="could not be written .*too large") as error:
-            checkpoints.save(too_big)
-            checkpoints.wait()
-    assert "\n" not in str(error.value)
-    with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        assert checkpoints.latest() == 1
-        assert_same(checkpoints.restore(*zeros(example(1))), example(1))
 
 
 def test_a_folder_that_cannot_be_made_is_an_oserror(tmp_path):
