@@ -4,6 +4,7 @@
 
 `--budget` minutes are turned into a number of steps, the same for every arm, by timing a few steps of each once;
 `--set=steps=...` says it instead. `--resume` continues after a kill at any moment and computes no finished run again.
+Without `--workdir` the folder is runs/compare-PRESET-VARY.
 Results: experiments/README.md.
 """
 
@@ -46,7 +47,12 @@ def parse_arms(vary: str, base: Config) -> dict[str, Config]:
 
 
 def folder_of(index: int, arm: str) -> str:
-    return f"{index}-{re.sub(r'[^A-Za-z0-9._=-]+', '_', arm)}"
+    return f"{index}-{_safe(arm)}"
+
+
+def _safe(text: str) -> str:
+    """`text` as a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text)
 
 
 def seeded(config: Config, seed: int) -> Config:
@@ -125,7 +131,7 @@ def run_arms(arms: dict[str, Config], plan: dict[str, Any], workdir: Path) -> di
 
 def main() -> int:
     settings, seeds, budget = parse_settings(flags.FLAGS.set), flags.FLAGS.seeds, flags.FLAGS.budget
-    workdir, base = Path(_cli.workdir_from_flags()), _cli.config_from_flags()
+    base = _cli.config_from_flags()
     if seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {seeds}")
     if not flags.FLAGS.vary:
@@ -133,6 +139,7 @@ def main() -> int:
     if "steps" not in settings and (budget is None or budget <= 0):
         raise ValueError(f"--budget: expected minutes > 0 (or --set=steps=...), got {budget}")
     arms = parse_arms(flags.FLAGS.vary, base)
+    workdir = Path(flags.FLAGS.workdir or f"runs/compare-{flags.FLAGS.preset}-{_safe(flags.FLAGS.vary)}")
     plan = read_plan(workdir, flags.FLAGS.resume, {"arms": list(arms), "seeds": seeds, "config": to_dict(base)})
     if plan is None:
         workdir.mkdir(parents=True, exist_ok=True)

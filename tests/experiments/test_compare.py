@@ -167,3 +167,9 @@ def test_a_comparison_killed_in_the_middle_ends_with_the_result_of_one_never_kil
     whole, killed = ((tmp_path / name / "compare.json").read_text() for name in ("whole", "killed"))
     assert whole == killed
     assert json.loads(whole)["differences"]["controller=none"]["bits_per_byte"]["mean"] != 0
+
+
+def test_without_a_workdir_the_folder_is_named_after_the_question(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert program("", "--seeds=1", "--set=steps=7")[0] == 0
+    assert (tmp_path / "runs" / "compare-tiny-controller=sign_none" / "compare.json").exists()
