@@ -6,6 +6,7 @@ workdir/checkpoints/    complete or absent       workdir/validation.json, valida
 """
 
 import json
+import json
 import signal
 import threading
 import time
@@ -76,6 +77,8 @@ def train(
     compiled_steps(config, len(data.domains))  # what somebody else's function gets wrong is said before anything is written
     with Checkpoints(workdir / "checkpoints", config) as checkpoints:
         start = _start(config, checkpoints)
+        if start.progress.step > 0:
+            _require_same_text(workdir, data)
         if start.progress.step < schedules.total_steps(config):
             (workdir / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
         run = describe(config, list(data.domains), data.summary)
@@ -89,6 +92,18 @@ def train(
     finished = end.progress.step == run["total_steps"]
     validation = _final_validation(config, data, end, workdir) if finished else None
     return Result(end.state, end.ema, end.progress.step, validation, interrupted)
+
+
+def _require_same_text(workdir: Path, data: Data) -> None:
+    """Raises ValueError if the corpus is not the one that the run in `workdir` began with."""
+    before = json.loads((workdir / "run.json").read_text())["data"]["domains"]
+    now = data.summary["domains"]
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"{workdir}: the corpus has changed since the run began (domain {', '.join(changed)}); "
+            "restore its text, or start a run in another --workdir"
+        )
 
 
 @lru_cache(maxsize=4)

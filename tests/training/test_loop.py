@@ -130,9 +130,18 @@ def test_a_folder_with_a_run_is_refused_without_resume_and_an_empty_one_accepted
     assert quiet_train(reference.config, tmp_path / "new" / "folder", resume=True, step_limit=1).step == 1
 
 
+def test_resuming_on_a_changed_corpus_is_refused_and_names_the_domain(tmp_path):
+    config = micro_config(tmp_path)
+    quiet_train(config, tmp_path / "run", step_limit=1)
+    with (tmp_path / "corpus" / "prose" / "0.txt").open("a") as text:
+        text.write("One more line.\n")
+    with pytest.raises(ValueError, match=r"corpus has changed since the run began \(domain prose\)"):
+        quiet_train(config, tmp_path / "run", resume=True)
+
+
 def test_resuming_with_another_config_is_one_line_and_touches_nothing(reference, tmp_path):
     shutil.copytree(reference.workdir, tmp_path / "run")
-    with pytest.raises(ValueError, match="another config: steps=6, now 7 .*learning_rate=0.002, now 0.1"):
+    with pytest.raises(ValueError, match="another config: steps=6, now 7 .*learning_rate=0.004, now 0.1"):
         quiet_train(override(reference.config, {"steps": 7, "learning_rate": 0.1}), tmp_path / "run", resume=True)
     assert_same_run(reference, tmp_path / "run")
 
