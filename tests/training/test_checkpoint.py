@@ -1,5 +1,6 @@
 """Checkpoints: exact, complete or absent, one clear line otherwise."""
 
+import gc
 import json
 import shutil
 from dataclasses import replace
@@ -105,7 +106,7 @@ def test_another_config_is_refused_with_both_values_and_the_reason_for_steps(tmp
         checkpoints.restore(*zeros(example(1)))
     line = str(error.value)
     assert "\n" not in line and str(tmp_path) in line
-    for part in ("learning_rate=0.002, now 0.5", "steps=300, now 301 (the schedules", "n_group=4, now 2"):
+    for part in ("learning_rate=0.004, now 0.5", "steps=300, now 301 (the schedules", "n_group=4, now 2"):
         assert part in line
 
 
@@ -137,6 +138,8 @@ def damage_ema(folder):
     shutil.rmtree(folder / "ema")
 
 
+# Orbax leaves the coroutines of a failed read behind: they are collected in this test, not in whichever runs next.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [damage_meta, damage_config, damage_manifest, damage_arrays, damage_ema])
 def test_a_damaged_checkpoint_is_one_line_naming_its_folder_and_is_never_skipped_silently(tmp_path, damage):
     save(tmp_path, 1, 2)
@@ -145,6 +148,8 @@ def test_a_damaged_checkpoint_is_one_line_naming_its_folder_and_is_never_skipped
         checkpoints.restore(*zeros(example(2)))
     assert "\n" not in str(error.value)
     assert f"checkpoint {tmp_path / '2'} is damaged" in str(error.value)
+    del error, checkpoints
+    gc.collect()
 
 
 def test_a_folder_that_cannot_be_made_is_an_oserror(tmp_path):
