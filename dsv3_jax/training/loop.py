@@ -6,7 +6,6 @@ workdir/checkpoints/    complete or absent       workdir/validation.json, valida
 """
 
 import json
-import json
 import signal
 import threading
 import time

@@ -28,7 +28,8 @@ def test_matrices_start_at_the_configured_spread_gains_at_one_and_the_bias_at_ze
         else:
             matrices += 1
             # The spread of n normal numbers is known to 1 / sqrt(2 n); five of those.
-            assert float(leaf.std()) == pytest.approx(TINY.initializer_range, rel=5 / (2 * leaf.size) ** 0.5), jax.tree_util.keystr(path)
+            expected = pytest.approx(TINY.initializer_range, rel=5 / (2 * leaf.size) ** 0.5)
+            assert float(leaf.std()) == expected, jax.tree_util.keystr(path)
     # Per block 2 + 2 gains; 1 final; MTP's enorm, hnorm and norm. Matrices: 5 of attention, 3 of a dense or 7 of an MoE FFN.
     assert (gains, matrices) == (3 * 4 + 1 + 3, 3 * 5 + 3 + 2 * 7 + 2 + 1)
     np.testing.assert_array_equal(bias, np.zeros((3, 16)))
