@@ -1,25 +1,18 @@
 """Configuration of model, training and data [§4.2]: the defaults are the published DeepSeek-V3 recipe.
 
-Model fields bear the names of the released `config.json`. Every dataclass is frozen and validates itself; a field name
-occurs in one section only, so `--set=name=value` needs no path. What a run changes against the published recipe is
-listed by `recipe_differences`.
+Model fields bear the names of the released `config.json`. Every dataclass is frozen and validates itself. Setting fields by
+name, JSON and the differences from the published recipe: `settings.py`.
 """
 
-import dataclasses
-import difflib
-import json
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ALIASES = {"selector": "topk_method"}  # the field's word for what config.json calls topk_method
 EXPERTS = Literal["auto", "bucketed", "ragged_dot", "dense"]
 DTYPES = Literal["float32", "bfloat16"]
 
 
-def _require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
 
@@ -27,7 +20,7 @@ def _require(ok: bool, message: str) -> None:
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{name}: expected a positive number, got {value}")
+        require(value > 0, f"{name}: expected a positive number, got {value}")
 
 
 def _require_choice(config: Any) -> None:
@@ -36,13 +29,13 @@ def _require_choice(config: Any) -> None:
     for name, hint in hints.items():
         if typing.get_origin(hint) is Literal:
             value, choices = getattr(config, name), typing.get_args(hint)
-            _require(value in choices, f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+            require(value in choices, f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def _require_known(name: str, value: str, builtin: tuple[str, ...]) -> None:
     """A built-in's name, or `module:function` for somebody else's idea (resolved by `dsv3_jax.plugins`)."""
     module, colon, function = value.partition(":")
-    _require(
+    require(
         value in builtin or bool(module and colon and function),
         f"{name}: expected one of {', '.join(builtin)} or package.module:function, got {value!r}",
     )
@@ -63,7 +56,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _require_choice(self)
         _require_positive(self, "original_max_position_embeddings", "beta_fast", "beta_slow")
-        _require(self.factor >= 1, f"rope_scaling.factor: expected at least 1, got {self.factor}")
+        require(self.factor >= 1, f"rope_scaling.factor: expected at least 1, got {self.factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +121,20 @@ class ModelConfig:
             "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta",
             "max_position_embeddings", "intermediate_size", "routed_scaling_factor",
         )  # fmt: skip
-        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim: expected an even number, got {self.qk_rope_head_dim}")
-        _require(self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank: expected null or > 0, got {self.q_lora_rank}")
-        _require(self.moe_layer_freq == 1, f"moe_layer_freq: only 1 exists in this family, got {self.moe_layer_freq}")
-        _require(
+        require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim: expected an even number, got {self.qk_rope_head_dim}")
+        require(self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank: expected null or > 0, got {self.q_lora_rank}")
+        require(self.moe_layer_freq == 1, f"moe_layer_freq: only 1 exists in this family, got {self.moe_layer_freq}")
+        require(
             0 <= self.first_k_dense_replace <= self.num_hidden_layers,
             f"first_k_dense_replace: expected 0..num_hidden_layers={self.num_hidden_layers}, got {self.first_k_dense_replace}",
         )
-        _require(
+        require(
             self.num_nextn_predict_layers >= 0,
             f"num_nextn_predict_layers: expected 0 or more, got {self.num_nextn_predict_layers}",
         )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.attention == "gqa":
-            _require(
+            require(
                 kv_heads > 0 and heads % kv_heads == 0,
                 f"num_key_value_heads: gqa expects a divisor of num_attention_heads={heads}, got {kv_heads}",
             )
@@ -153,16 +146,16 @@ class ModelConfig:
         _require_known("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
         _require_positive(self, "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
         experts, groups, kept, k = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
-        _require(self.n_shared_experts >= 0, f"n_shared_experts: expected 0 or more, got {self.n_shared_experts}")
-        _require(experts % groups == 0, f"n_group: expected a divisor of n_routed_experts={experts}, got {groups}")
-        _require(kept <= groups, f"topk_group: expected at most n_group={groups}, got {kept}")
+        require(self.n_shared_experts >= 0, f"n_shared_experts: expected 0 or more, got {self.n_shared_experts}")
+        require(experts % groups == 0, f"n_group: expected a divisor of n_routed_experts={experts}, got {groups}")
+        require(kept <= groups, f"topk_group: expected at most n_group={groups}, got {kept}")
         size = experts // groups
-        _require(
+        require(
             0 < self.group_score_topk <= size or groups == 1,
             f"group_score_topk: expected 1..{size} (experts in a group), got {self.group_score_topk}",
         )
         eligible = experts if self.topk_method == "greedy" else kept * size
-        _require(
+        require(
             k <= eligible,
             f"num_experts_per_tok: expected at most {eligible}, the experts that a token may choose from "
             f"(topk_group={kept} of n_group={groups} groups of {size}), got {k}",
@@ -253,25 +246,25 @@ class TrainConfig:
             "loss_chunk_elements", "checkpoint_every", "keep_checkpoints", "nonfinite_limit",
         )  # fmt: skip
         length = self.steps if self.steps is not None else self.train_tokens
-        _require(length is not None and length > 0, f"steps, train_tokens: expected one of them > 0, got {length}")
-        _require(
+        require(length is not None and length > 0, f"steps, train_tokens: expected one of them > 0, got {length}")
+        require(
             self.batch_size_start <= self.batch_size,
             f"batch_size_start: expected at most batch_size={self.batch_size}, got {self.batch_size_start}",
         )
         micro = self.micro_batch_size
-        _require(
+        require(
             micro is None or (micro > 0 and self.batch_size % micro == 0),
             f"micro_batch_size: expected null or a divisor of batch_size={self.batch_size}, got {micro}",
         )
         for name in ("adam_b1", "adam_b2", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+            require(0 <= getattr(self, name) < 1, f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup_steps", "bias_update_speed", "mtp_loss_weight", "mtp_loss_weight_late",
                      "learning_rate_min", "learning_rate_final", "eval_every", "batch_ramp_tokens"):  # fmt: skip
-            _require(getattr(self, name) >= 0, f"{name}: expected 0 or more, got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"{name}: expected 0 or more, got {getattr(self, name)}")
         alpha = self.aux_loss_alpha
-        _require(alpha is None or alpha >= 0, f"aux_loss_alpha: expected null or 0 or more, got {alpha}")
+        require(alpha is None or alpha >= 0, f"aux_loss_alpha: expected null or 0 or more, got {alpha}")
         points = (self.lr_decay_start_tokens, self.lr_decay_end_tokens, self.lr_final_start_tokens, self.schedule_tokens)
-        _require(
+        require(
             list(points) == sorted(points),
             f"lr_decay_start_tokens <= lr_decay_end_tokens <= lr_final_start_tokens <= schedule_tokens expected, got {points}",
         )
@@ -301,13 +294,13 @@ class DataConfig:
     data_seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.seq_len > 1, f"seq_len: expected at least 2, got {self.seq_len}")
+        require(self.seq_len > 1, f"seq_len: expected at least 2, got {self.seq_len}")
         _require_positive(self, "eval_sequences", "shuffle_windows")
         cap = self.domain_bytes
-        _require(cap is None or cap > 0, f"domain_bytes: expected null or > 0, got {cap}")
+        require(cap is None or cap > 0, f"domain_bytes: expected null or > 0, got {cap}")
         for name in ("fim_rate", "punctuation_split_rate"):
-            _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0..1, got {getattr(self, name)}")
-        _require(0 < self.holdout_fraction < 1, f"holdout_fraction: expected 0 < fraction < 1, got {self.holdout_fraction}")
+            require(0 <= getattr(self, name) <= 1, f"{name}: expected 0..1, got {getattr(self, name)}")
+        require(0 < self.holdout_fraction < 1, f"holdout_fraction: expected 0 < fraction < 1, got {self.holdout_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,135 +310,3 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
-
-
-SECTIONS = ("model", "train", "data")
-
-
-def field_names() -> dict[str, str]:
-    """Name of every settable field -> its section."""
-    return {f.name: section for section in SECTIONS for f in dataclasses.fields(type(getattr(Config(), section)))}
-
-
-def override(config: Config, settings: Mapping[str, Any]) -> Config:
-    """`config` with fields replaced; string values are parsed by the field's type.
-
-    Raises ValueError for an unknown name (lists the nearest ones), a value of the wrong type, or an invalid combination.
-    """
-    owners = field_names()
-    changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for given, value in settings.items():
-        name = ALIASES.get(given, given)
-        if name not in owners:
-            nearest = difflib.get_close_matches(given, [*owners, *ALIASES], n=4, cutoff=0.4)
-            raise ValueError(f"unknown setting {given!r}; nearest: {', '.join(nearest) or 'none'}")
-        section = owners[name]
-        hint = typing.get_type_hints(type(getattr(config, section)))[name]
-        changes[section][name] = parse_value(given, value, hint) if isinstance(value, str) else _widened(value, hint)
-    return dataclasses.replace(
-        config, **{s: dataclasses.replace(getattr(config, s), **changes[s]) for s in SECTIONS if changes[s]}
-    )
-
-
-def parse_settings(settings: list[str]) -> dict[str, str]:
-    """`["name=value", ...]` -> dict. Raises ValueError for one without `=`."""
-    for setting in settings:
-        _require("=" in setting, f"--set: expected name=value, got {setting!r}")
-    return dict(setting.split("=", 1) for setting in settings)
-
-
-def parse_value(name: str, text: str, hint: Any) -> Any:
-    """`text` as a value of type `hint`; raises ValueError naming the field."""
-    if isinstance(hint, types.UnionType):
-        if text.lower() in ("null", "none"):
-            _require(type(None) in typing.get_args(hint), f"{name}: null is not allowed")
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if hint is RopeScaling:
-        return RopeScaling(**_checked(RopeScaling, _json(name, text)))
-    if typing.get_origin(hint) is Literal:
-        if all(isinstance(choice, bool) for choice in typing.get_args(hint)):
-            hint = bool
-        else:
-            return text  # the dataclass checks the choice
-    if hint is bool:
-        values = {"true": True, "1": True, "false": False, "0": False}
-        _require(text.lower() in values, f"{name}: expected true or false, got {text!r}")
-        return values[text.lower()]
-    try:
-        return hint(text)
-    except ValueError:
-        raise ValueError(f"{name}: expected {hint.__name__}, got {text!r}") from None
-
-
-def _json(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected JSON or null, got {text!r} ({error})") from None
-
-
-def _checked(cls: type, values: Any) -> dict[str, Any]:
-    _require(isinstance(values, Mapping), f"{cls.__name__}: expected an object, got {values!r}")
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        nearest = ", ".join(difflib.get_close_matches(key, names)) or "none"
-        _require(key in names, f"{cls.__name__}: unknown key {key!r}; nearest: {nearest}")
-    hints = typing.get_type_hints(cls)
-    return {name: _widened(value, hints[name]) for name, value in values.items()}
-
-
-def _widened(value: Any, hint: Any) -> Any:
-    """JSON writes a float without a fraction as an integer."""
-    is_float = hint is float or float in typing.get_args(hint)
-    return float(value) if is_float and isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict, ready for JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Inverse of `to_dict`; unknown keys raise ValueError."""
-    sections = _checked(Config, values)
-    model = _checked(ModelConfig, sections["model"])
-    if model.get("rope_scaling") is not None:
-        model["rope_scaling"] = RopeScaling(**_checked(RopeScaling, model["rope_scaling"]))
-    return Config(
-        model=ModelConfig(**model),
-        train=TrainConfig(**_checked(TrainConfig, sections["train"])),
-        data=DataConfig(**_checked(DataConfig, sections["data"])),
-    )
-
-
-RECIPE = {
-    "router": (
-        "scoring_func", "topk_method", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
-        "group_score_topk", "norm_topk_prob", "routed_scaling_factor",
-    ),
-    "balancing": (
-        "controller", "aux_loss_alpha", "aux_loss_reduction", "bias_update_speed", "bias_update_stop_tokens", "balance_mtp",
-    ),
-    "MTP": (
-        "num_nextn_predict_layers", "mtp_hidden", "mtp_concat", "mtp_loss_weight", "mtp_loss_weight_late", "mtp_late_tokens",
-    ),
-    "schedules": (
-        "learning_rate", "learning_rate_min", "learning_rate_final", "warmup_steps", "lr_decay_start_tokens",
-        "lr_decay_end_tokens", "lr_final_start_tokens", "schedule_tokens", "train_tokens", "steps", "batch_size",
-        "batch_size_start", "batch_ramp_tokens",
-    ),
-}  # fmt: skip
-
-
-def recipe_differences(config: Config) -> list[str]:
-    """One line for each point in which router, balancing, MTP or schedules differ from the published recipe."""
-    published, owners = Config(), field_names()
-    lines = []
-    for topic, names in RECIPE.items():
-        for name in names:
-            ours = getattr(getattr(config, owners[name]), name)
-            theirs = getattr(getattr(published, owners[name]), name)
-            if ours != theirs:
-                lines.append(f"{topic}: {name} = {ours} (published: {theirs})")
-    return lines

@@ -12,8 +12,9 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dsv3_jax.config import Config, override
+from dsv3_jax.config import Config
 from dsv3_jax.presets import preset
+from dsv3_jax.settings import override
 
 Line = dict[str, Any]
 BATCH, WINDOW = 8, 256  # sequences and tokens of one step

@@ -8,8 +8,9 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from dsv3_jax.config import Config, override, parse_settings
+from dsv3_jax.config import Config
 from dsv3_jax.presets import PRESETS, preset
+from dsv3_jax.settings import override, parse_settings
 
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 FAILED = 2

@@ -18,7 +18,8 @@ import sys  # noqa: E402
 
 from absl import app, flags  # noqa: E402
 
-from dsv3_jax.config import Config, parse_settings  # noqa: E402
+from dsv3_jax.config import Config  # noqa: E402
+from dsv3_jax.settings import parse_settings  # noqa: E402
 from experiments import _bench  # noqa: E402
 
 _SIZES = flags.DEFINE_list("sizes", ["bench", "mid"], "Presets to time, at 8x256 tokens.")

@@ -20,7 +20,8 @@ import numpy as np
 from absl import flags
 
 from dsv3_jax.analysis import comparison, figures
-from dsv3_jax.config import Config, override, parse_settings, to_dict
+from dsv3_jax.config import Config
+from dsv3_jax.settings import override, parse_settings, to_dict
 from dsv3_jax.training.journal import read_metrics, write_json
 from dsv3_jax.training.loop import train
 from experiments import _cli

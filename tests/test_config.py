@@ -7,15 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.config import (
+from dsv3_jax.config import Config, DataConfig, ModelConfig, RopeScaling, TrainConfig
+from dsv3_jax.presets import PRESETS, preset
+from dsv3_jax.settings import (
     ALIASES,
     RECIPE,
     SECTIONS,
-    Config,
-    DataConfig,
-    ModelConfig,
-    RopeScaling,
-    TrainConfig,
     field_names,
     from_dict,
     override,
@@ -23,7 +20,6 @@ from dsv3_jax.config import (
     recipe_differences,
     to_dict,
 )
-from dsv3_jax.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import override
 from dsv3_jax.moe.balance import controller_of
 from dsv3_jax.moe.router import route
 from dsv3_jax.plugins import resolve
 from dsv3_jax.presets import preset
+from dsv3_jax.settings import override
 from dsv3_jax.training.step import make_train_step, train_step
 from oracles import numpy_moe
 from oracles.checks_step import DOMAINS, HYPER, PLAIN, cut, rows, state_of, step_config

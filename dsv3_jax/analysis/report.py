@@ -8,9 +8,10 @@ import numpy as np
 
 from dsv3_jax.analysis import figures
 from dsv3_jax.analysis.metrics import relative_load
-from dsv3_jax.config import Config, from_dict
+from dsv3_jax.config import Config
 from dsv3_jax.data.baselines import baselines
 from dsv3_jax.data.pipeline import build_data
+from dsv3_jax.settings import from_dict
 from dsv3_jax.training.header import header_lines
 from dsv3_jax.training.journal import read_metrics, read_routing, write_json, write_text
 

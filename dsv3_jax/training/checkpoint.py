@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from dsv3_jax.config import SECTIONS, Config, from_dict, to_dict
+from dsv3_jax.config import Config
+from dsv3_jax.settings import SECTIONS, from_dict, to_dict
 from dsv3_jax.training.ema import Ema
 
 # What a resumed run may set anew: none of them changes a bit of what is computed.

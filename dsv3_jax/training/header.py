@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.config import RECIPE, Config, recipe_differences, to_dict
+from dsv3_jax.config import Config
 from dsv3_jax.model.count import count_parameters
+from dsv3_jax.settings import RECIPE, recipe_differences, to_dict
 from dsv3_jax.training.schedules import total_steps, total_tokens
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "orbax-checkpoint", "tokenizers")

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from dsv3_jax.config import Config, override
+from dsv3_jax.config import Config
 from dsv3_jax.data.pipeline import Data, build_data
+from dsv3_jax.settings import override
 from dsv3_jax.training import schedules
 from dsv3_jax.training.checkpoint import Checkpoint, Checkpoints, Progress
 from dsv3_jax.training.ema import Ema, init_ema, update_ema

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from dsv3_jax.config import Config, override
+from dsv3_jax.config import Config
 from dsv3_jax.presets import preset
+from dsv3_jax.settings import override
 from oracles.texts import VOCAB_SIZE, invented
 
 STEPS = 6

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import override
 from dsv3_jax.model.count import count_parameters
 from dsv3_jax.presets import preset
+from dsv3_jax.settings import override
 from dsv3_jax.training.step import Hyper, init_state, make_eval_step, make_train_step
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import override
 from dsv3_jax.presets import preset
+from dsv3_jax.settings import override
 from dsv3_jax.training.checkpoint import FREE_ON_RESUME, Checkpoint, Checkpoints, Progress, config_changes
 from dsv3_jax.training.ema import Ema
 

@@ -15,7 +15,7 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from dsv3_jax.config import override
+from dsv3_jax.settings import override
 from dsv3_jax.training import loop, schedules
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.ema import init_ema
