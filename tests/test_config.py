@@ -1,9 +1,9 @@
 """Configurations validate themselves."""
 
-
 import pytest
 
 from dsv3_jax.config import DataConfig, ModelConfig, RopeScaling, TrainConfig
+from oracles.unchecked import unchecked
 
 
 @pytest.mark.parametrize(
@@ -46,17 +46,6 @@ def test_invalid_values_are_refused_with_one_line_that_names_the_field(make, mes
     with pytest.raises(ValueError, match=message) as raised:
         unchecked(make)
     assert "\n" not in str(raised.value)
-
-
-def unchecked(make):
-    """Runs `make`; where the test run checks annotations at run time, that check would come first, so it is switched off."""
-    import jaxtyping
-
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        return make()
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_model_without_experts_needs_no_valid_router():

@@ -20,6 +20,7 @@ from dsv3_jax.settings import (
     recipe_differences,
     to_dict,
 )
+from oracles.unchecked import unchecked
 
 
 @pytest.mark.parametrize(
