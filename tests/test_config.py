@@ -1,5 +1,4 @@
 """Configurations validate themselves."""
-
 import pytest
 
 from dsv3_jax.config import DataConfig, ModelConfig, RopeScaling, TrainConfig

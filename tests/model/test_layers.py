@@ -1,6 +1,5 @@
 """RMSNorm and SwiGLU against NumPy."""
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
