@@ -6,6 +6,7 @@ workdir/checkpoints/    complete or absent       workdir/validation.json, valida
 """
 
 import json
+import os
 import signal
 import threading
 import time
@@ -72,6 +73,7 @@ def train(
     workdir = Path(workdir)
     if not resume and any((workdir / name).exists() for name in ("run.json", "checkpoints")):
         raise ValueError(f"{workdir} holds a run already; add --resume to continue it, or take another --workdir")
+    _require_memory(config)
     workdir.mkdir(parents=True, exist_ok=True)
     data = build_data(config.data, config.model.vocab_size)
     compiled_steps(config, len(data.domains))  # what somebody else's function gets wrong is said before anything is written
@@ -92,6 +94,18 @@ def train(
     finished = end.progress.step == run["total_steps"]
     validation = _final_validation(config, data, end, workdir) if finished else None
     return Result(end.state, end.ema, end.progress.step, validation, interrupted)
+
+
+def _require_memory(config: Config) -> None:
+    """Raises ValueError if parameters and optimiser state alone are more than the device holds."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(config)))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > limit:
+        raise ValueError(
+            f"parameters and optimiser state take {needed / 1e9:,.0f} GB, this device holds {limit / 1e9:,.0f} GB; "
+            "take a smaller --preset or smaller sizes"
+        )
 
 
 def _require_same_text(workdir: Path, data: Data) -> None:

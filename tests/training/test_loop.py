@@ -15,6 +15,7 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
+from dsv3_jax.presets import preset
 from dsv3_jax.settings import override
 from dsv3_jax.training import loop, schedules
 from dsv3_jax.training.checkpoint import Checkpoints
@@ -128,6 +129,12 @@ def test_a_folder_with_a_run_is_refused_without_resume_and_an_empty_one_accepted
     with pytest.raises(ValueError, match="holds a run already; add --resume"):
         quiet_train(reference.config, reference.workdir)
     assert quiet_train(reference.config, tmp_path / "new" / "folder", resume=True, step_limit=1).step == 1
+
+
+def test_a_model_that_no_device_here_holds_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"take 5,\d\d\d GB, this device holds .* GB; take a smaller --preset"):
+        quiet_train(preset("deepseek_v3_671b"), tmp_path / "run")  # 684.5 G parameters, 4 + 2 + 2 bytes each
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_on_a_changed_corpus_is_refused_and_names_the_domain(tmp_path):
