@@ -166,5 +166,6 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     _cli.define_config_flags()
+    flags.adopt_module_key_flags(_cli)  # so that --help lists them
     define_flags()
     _cli.run(main)

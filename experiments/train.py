@@ -26,4 +26,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     _cli.define_config_flags()
+    flags.adopt_module_key_flags(_cli)  # so that --help lists them
     _cli.run(main)
