@@ -288,7 +288,7 @@ class DataConfig:
     cross_document_attention: bool = True  # packed documents see each other, as in pre-training
     fim_rate: float = 0.1
     punctuation_split_rate: float = 0.1  # share of merged punctuation+newline tokens split again; not disclosed
-    shuffle_windows: int = 1024  # packed windows are permuted within blocks of so many; 1: left in the order of packing
+    shuffle_windows: int = 4096  # packed windows are permuted within blocks of so many; 1: left in the order of packing
     holdout_fraction: float = 0.05
     eval_sequences: int = 128  # most held-out sequences that one validation reads
     data_seed: int = 0

@@ -28,6 +28,7 @@ from experiments import _cli
 
 TIMED_STEPS = 6
 LEAST_STEPS = 10
+SLOWER = 1.15  # a long run's steps beside the timed ones: checkpoints, and what else the machine does
 FIXED_BY_DESIGN = ("seed", "data_seed", "steps")  # --seeds varies the first two, all arms share the third
 
 
@@ -65,7 +66,7 @@ def steps_within(budget_s: float, timings: list[dict[str, float]], seeds: int) -
 
     Raises ValueError if that leaves fewer than LEAST_STEPS.
     """
-    per_step = seeds * sum(t["step"] for t in timings)
+    per_step = SLOWER * seeds * sum(t["step"] for t in timings)
     fixed = seeds * sum(t["fixed"] for t in timings)
     steps = int((budget_s - fixed) / per_step)
     if steps < LEAST_STEPS:
