@@ -36,7 +36,7 @@ def group_limited(biased: Float[Array, "*batch E"], config: ModelConfig) -> Floa
     grouped = biased.reshape(*biased.shape[:-1], config.n_group, -1)
     group_scores = jax.lax.top_k(grouped, config.group_score_topk)[0].sum(axis=-1)
     kept = jax.lax.top_k(group_scores, config.topk_group)[1]
-    is_kept = (kept[..., None] == jnp.arange(config.n_group).reshape((1,) * kept.ndim + (-1,))).any(axis=-2)
+    is_kept = one_hot(kept, config.n_group).any(axis=-2)
     return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(biased.shape)
 
 
@@ -101,8 +101,8 @@ def gates(
     return chosen * config.routed_scaling_factor
 
 
-def one_hot(indices: Int[Array, "*batch K"], n_experts: int) -> Array:
-    """bool [*batch, K, E]."""
-    return indices[..., None] == jnp.arange(n_experts, dtype=indices.dtype).reshape((1,) * indices.ndim + (-1,))
+def one_hot(indices: Int[Array, "*batch K"], size: int) -> Array:
+    """bool [*batch, K, size]: which expert (or group) each choice is."""
+    return indices[..., None] == jnp.arange(size, dtype=indices.dtype).reshape((1,) * indices.ndim + (-1,))
 
 
