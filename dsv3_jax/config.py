@@ -1,4 +1,4 @@
-"""Configuration of model, training and data [§4.2]: the defaults are the published DeepSeek-V3 recipe.
+"""Configuration of model, training, data and layout [§3, §4.2]: the defaults are the published DeepSeek-V3 recipe.
 
 Model fields bear the names of the released `config.json`. Every dataclass is frozen and validates itself. Setting fields by
 name, JSON and the differences from the published recipe: `settings.py`.
@@ -303,6 +303,33 @@ class DataConfig:
         require(0 < self.holdout_fraction < 1, f"holdout_fraction: expected 0 < fraction < 1, got {self.holdout_fraction}")
 
 
+LAYOUTS = Literal["single", "report", "fully_sharded", "tensor_expert"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run lies on its devices [§3.1, §3.2]. Nothing here changes what is computed, only where.
+
+    The mesh's axes are pipe, data, expert and tensor; a size of null is the layout's own (`parallel/mesh.py`).
+    """
+
+    layout: LAYOUTS = "single"
+    mesh_pipe: int = 1  # carried; until pipeline schedules run, its ranks take further shares of the batch
+    mesh_data: int | None = None
+    mesh_expert: int | None = None
+    mesh_tensor: int | None = None
+    node_size: int = 8  # devices that share a fast link; what crosses it is counted apart
+    exchange: Literal["auto", "ragged", "padded"] = "auto"  # auto: ragged wherever the backend has it
+    exchange_buffer: float = 1.25  # rows that a rank receives in one round, over its share in perfect balance
+
+    def __post_init__(self) -> None:
+        _require_choice(self)
+        for name in ("mesh_pipe", "mesh_data", "mesh_expert", "mesh_tensor"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}: expected null or a positive number, got {value}")
+        _require_positive(self, "node_size", "exchange_buffer")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """One run."""
@@ -310,3 +337,4 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -11,10 +11,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dsv3_jax.config import Config, DataConfig, ModelConfig, RopeScaling, TrainConfig, require
+from dsv3_jax.config import Config, DataConfig, ModelConfig, ParallelConfig, RopeScaling, TrainConfig, require
 
 ALIASES = {"selector": "topk_method"}  # the field's word for what config.json calls topk_method
-SECTIONS = ("model", "train", "data")
+SECTIONS = ("model", "train", "data", "parallel")
 
 
 def field_names() -> dict[str, str]:
@@ -111,6 +111,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         model=ModelConfig(**model),
         train=TrainConfig(**_checked(TrainConfig, sections["train"])),
         data=DataConfig(**_checked(DataConfig, sections["data"])),
+        parallel=ParallelConfig(**_checked(ParallelConfig, sections.get("parallel", {}))),
     )
 
 

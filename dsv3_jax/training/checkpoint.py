@@ -40,7 +40,7 @@ class Checkpoint(NamedTuple):
 def config_changes(stored: Config, given: Config) -> list[str]:
     """`name=stored value, now value` for each field that differs and that a resumed run may not change."""
     changes = []
-    for section in SECTIONS:
+    for section in (s for s in SECTIONS if s != "parallel"):  # a run may move to another mesh
         old, new = getattr(stored, section), getattr(given, section)
         for field in dataclasses.fields(old):
             before, now = getattr(old, field.name), getattr(new, field.name)
