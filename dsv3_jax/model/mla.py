@@ -96,14 +96,17 @@ def attention(
     segments_BT: Int[Array, "B T"] | None,
     config: ModelConfig,
 ) -> Float[Array, "B T D"]:
-    """One causal attention of the configured kind; `rope` from `rope_tables`, `segments` to keep documents apart."""
+    """One causal attention of the configured kind; `rope` from `rope_tables`, `segments` to keep documents apart.
+
+    The heads are those of `params`: all of them or, on one of several tensor ranks, some; then the result is a part of a sum.
+    """
     project = _mla_heads if config.attention == "mla" else _plain_heads
     heads = project(params, x_BTD, config)
     q_rope, k_rope = apply_rope(heads.q_rope_BHTR, *rope), apply_rope(heads.k_rope_BGTR, *rope)
     k_rope = jnp.broadcast_to(k_rope, (*heads.k_content_BGTC.shape[:3], k_rope.shape[-1]))
     q_BHTK = jnp.concatenate([heads.q_content_BHTC, q_rope], axis=-1)
     k_BGTK = jnp.concatenate([heads.k_content_BGTC, k_rope], axis=-1)
-    q_BGQTK = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=config.n_key_value_heads)
+    q_BGQTK = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=heads.v_BGTW.shape[1])
     out_BGQTW = causal_attention(q_BGQTK, k_BGTK, heads.v_BGTW, segments_BT, softmax_scale(config))
     out_BHTW = rearrange(out_BGQTW, "b g q t w -> b (g q) t w")
     return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype))

@@ -15,6 +15,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.spec import Spec, SpecTree, gain
 from dsv3_jax.model.transformer import Context, Hidden, Summary, block, block_spec, embed, keep_routing
+from dsv3_jax.parallel.collectives import gathered
 
 
 class Depth(NamedTuple):
@@ -65,7 +66,8 @@ def module(
     ]
     if config.mtp_concat == "hidden_first":
         pair.reverse()
-    x_BTD = jnp.concatenate(pair, axis=-1) @ params["eh_proj"].astype(hidden_BTD.dtype)
+    eh_proj = gathered(params["eh_proj"], mtp_spec(config)["eh_proj"], context.placement, config.compute_dtype)
+    x_BTD = jnp.concatenate(pair, axis=-1) @ eh_proj.astype(hidden_BTD.dtype)
     return block(params["block"], bias_E, x_BTD, context, config)
 
 
@@ -95,7 +97,7 @@ def mtp_forward(
     for k in range(1, config.num_nextn_predict_layers + 1):
         weights, extra = jax.tree.map(lambda a, row=k - 1: a[row], (params["mtp"], extras))
         bias_E = bias_LE[config.n_main_moe_layers + k - 1]
-        embedding = embed(params, shifted(tokens_BT, k), config)
+        embedding = embed(params, shifted(tokens_BT, k), config, context.placement)
         x_BTD, kept = remat.rematerialised(one_depth, config)(hidden, (weights, bias_E, embedding, extra))
         normed = rms_norm(x_BTD, weights["norm"], config.rms_norm_eps)
         depths.append(Depth(normed, x_BTD, kept))

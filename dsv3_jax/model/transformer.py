@@ -19,15 +19,17 @@ from dsv3_jax.model.rope import rope_tables
 from dsv3_jax.model.spec import Spec, SpecTree, gain, stacked
 from dsv3_jax.moe.layer import moe, moe_spec
 from dsv3_jax.moe.router import Routing
+from dsv3_jax.parallel.collectives import Placement, gathered, lookup, sum_over_tensor
 
 Summary = Callable[[Routing, Any], Any]  # (routing, extra) -> what the scan keeps of one layer
 
 
 class Context(NamedTuple):
-    """What every layer's attention shares: rotary tables, and segments where documents do not see each other."""
+    """What every layer shares: rotary tables, segments where documents do not see each other, and the mesh, if any."""
 
     rope: tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
     segments_BT: Int[Array, "B T"] | None
+    placement: Placement | None = None
 
 
 class Hidden(NamedTuple):
@@ -50,15 +52,14 @@ def block_spec(config: ModelConfig, *, dense: bool) -> SpecTree:
 
 def transformer_spec(config: ModelConfig) -> SpecTree:
     """The main model's parameters."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    spec: dict[str, Any] = {"embed_tokens": Spec((vocab, hidden), ("vocab", "embed"))}
+    spec: dict[str, Any] = {"embed_tokens": table_spec(config)}
     if config.n_dense_layers:
         spec["dense_layers"] = stacked(block_spec(config, dense=True), config.n_dense_layers)
     if config.n_main_moe_layers:
         spec["moe_layers"] = stacked(block_spec(config, dense=False), config.n_main_moe_layers)
-    spec["norm"] = gain(hidden, "embed")
+    spec["norm"] = gain(config.hidden_size, "embed")
     if not config.tie_word_embeddings:
-        spec["lm_head"] = Spec((vocab, hidden), ("vocab", "embed"))
+        spec["lm_head"] = table_spec(config)
     return spec
 
 
@@ -71,20 +72,32 @@ def document_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def make_context(segment_ids_BT: Int[Array, "B T"], config: ModelConfig, *, cross_document: bool) -> Context:
+def make_context(
+    segment_ids_BT: Int[Array, "B T"], config: ModelConfig, *, cross_document: bool, placement: Placement | None = None
+) -> Context:
     """Causal attention; without `cross_document`, within a segment only and with positions that restart in each."""
     if cross_document:
         index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-        return Context(rope_tables(jnp.broadcast_to(index[None, :], segment_ids_BT.shape), config), None)
-    return Context(rope_tables(document_positions(segment_ids_BT), config), segment_ids_BT)
+        return Context(rope_tables(jnp.broadcast_to(index[None, :], segment_ids_BT.shape), config), None, placement)
+    return Context(rope_tables(document_positions(segment_ids_BT), config), segment_ids_BT, placement)
 
 
-def embed(params: Mapping[str, Any], tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
-    return params["embed_tokens"].astype(jnp.dtype(config.compute_dtype))[tokens]
+def table_spec(config: ModelConfig) -> Spec:
+    """Of the embedding, and of the head."""
+    return Spec((config.vocab_size, config.hidden_size), ("vocab", "embed"))
 
 
-def head(params: Mapping[str, Any], config: ModelConfig) -> Float[Array, "V D"]:
-    return params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+def embed(
+    params: Mapping[str, Any], tokens: Int[Array, "B T"], config: ModelConfig, placement: Placement | None = None
+) -> Float[Array, "B T D"]:
+    table_VD = gathered(params["embed_tokens"], table_spec(config), placement, config.compute_dtype)
+    return lookup(table_VD.astype(jnp.dtype(config.compute_dtype)), tokens, placement)
+
+
+def head(params: Mapping[str, Any], config: ModelConfig, placement: Placement | None = None) -> Float[Array, "V D"]:
+    """The output head; on one of several tensor ranks, its rows of it."""
+    weight_VD = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    return gathered(weight_VD, table_spec(config), placement, config.compute_dtype)
 
 
 def logits(params: Mapping[str, Any], normed_BTD: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T V"]:
@@ -101,13 +114,15 @@ def block(
     config: ModelConfig,
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
     """Pre-norm attention and feed-forward; a mixture of experts where a router bias is given."""
+    placement = context.placement
+    params = gathered(params, block_spec(config, dense=bias_E is None), placement, config.compute_dtype)
     normed = rms_norm(x_BTD, params["input_layernorm"], config.rms_norm_eps)
     attended = attention(params["self_attn"], normed, context.rope, context.segments_BT, config)
-    x_BTD = remat.name(x_BTD + attended, remat.RESIDUAL)
+    x_BTD = remat.name(x_BTD + sum_over_tensor(attended, placement), remat.RESIDUAL)
     normed = rms_norm(x_BTD, params["post_attention_layernorm"], config.rms_norm_eps)
     if bias_E is None:
-        return x_BTD + swiglu(params["mlp"], normed), None
-    out_BTD, routing = moe(params["mlp"], bias_E, normed, config)
+        return x_BTD + sum_over_tensor(swiglu(params["mlp"], normed), placement), None
+    out_BTD, routing = moe(params["mlp"], bias_E, normed, config, placement)
     return x_BTD + out_BTD, routing
 
 
@@ -131,7 +146,7 @@ def forward(
     `summary(routing, extra)` is applied inside the scan to each MoE layer's routing and that layer's row of `extras`, so
     that training keeps counts and a loss where a study keeps all of it.
     """
-    x_BTD = embed(params, tokens_BT, config)
+    x_BTD = embed(params, tokens_BT, config, context.placement)
 
     def dense_layer(x: Array, layer: Any) -> tuple[Array, None]:
         return block(layer, None, x, context, config)[0], None

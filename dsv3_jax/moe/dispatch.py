@@ -30,11 +30,14 @@ class Plan(NamedTuple):
 
 
 def make_plan(indices_NK: Int[Array, "N K"], n_experts: int) -> Plan:
-    """Orders the choices by expert. `indices_NK` in [0, n_experts); a token's K experts are distinct."""
+    """Orders the choices by expert. `indices_NK` in [0, n_experts]; a token's K experts are distinct.
+
+    Choices of n_experts stand for none: their rows come last and no expert counts them.
+    """
     rows = indices_NK.size
     flat_R = indices_NK.reshape(rows).astype(jnp.int32)
     iota_R = jnp.arange(rows, dtype=jnp.int32)
-    if n_experts * rows < 2**31:
+    if (n_experts + 1) * rows < 2**31:
         # Expert and position in one key: on CPU five times faster than a stable sort of pairs, and the same order.
         choice_R = lax.sort(flat_R * rows + iota_R) % rows
     else:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.moe.dispatch import Plan, combine, dispatch, from_bits, make_plan, sum_rows, take_rows, to_bits
+from dsv3_jax.parallel.collectives import varying_like
 
 Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
 
@@ -40,8 +41,9 @@ def routed_experts(
     """The gated sum of each token's K experts, eq. 12; differentiable in x, gates and experts.
 
     x_ND and the experts (`gate_proj`, `up_proj` [E, D, F], `down_proj` [E, F, D]) share one compute dtype, float32 or bfloat16;
-    gates are float32; indices int32 in [0, E), distinct within a token. Products and the sum over k accumulate in float32, the
-    result has x's dtype. `implementation`: "bucketed", "ragged_dot", "dense", or "auto" (bucketed on CPU, else ragged_dot).
+    gates are float32; indices int32 in [0, E], distinct within a token, where E stands for no expert. Products and the sum over
+    k accumulate in float32, the result has x's dtype. `implementation`: "bucketed", "ragged_dot", "dense", or "auto": bucketed
+    on CPU, else ragged_dot.
 
     Raises ValueError for an unknown implementation or dtypes that differ from these.
     """
@@ -80,7 +82,8 @@ def _ragged_dot(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weight
 
 def _bucketed(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
     inputs = x_ND, gates_NK, weights, make_plan(indices_NK, weights[0].shape[0])
-    return _walk(*_varying_like(jax.tree.leaves(inputs), inputs))
+    # Before `custom_vjp`: marking replicated weights as varying is what makes JAX sum their gradient over the mesh.
+    return _walk(*varying_like(inputs, inputs))
 
 
 _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Weights], Array]] = {
@@ -88,21 +91,6 @@ _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Weights], Array]] = {
     "ragged_dot": _ragged_dot,
     "dense": _dense,
 }
-
-
-def _varying_like(sources, tree):
-    """Inside shard_map, `tree` made to vary over every mesh axis that any of `sources` varies over; elsewhere, `tree`.
-
-    Loops want it of what they carry, and `custom_vjp` of what it differentiates: marking replicated weights as varying *before*
-    it is what makes JAX sum their gradient over the mesh.
-    """
-    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in sources))
-
-    def mark(a):
-        missing = tuple(axes - jax.typeof(a).manual_axis_type.varying)
-        return lax.pcast(a, missing, to="varying") if missing else a
-
-    return jax.tree.map(mark, tree)
 
 
 # The walk. Blocks start at multiples of BLOCK from the expert's first row, so an expert's last block reaches into the rows of
@@ -172,7 +160,7 @@ def _walk_forward(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan):
         return _for_each_block(count, block_step, carry)
 
     buffers = tuple(to_bits(jnp.zeros((rows, size), dtype)) for size in (hidden, width, width))
-    y_RD, g_RF, u_RF = _for_each_expert(plan, expert_step, _varying_like([token_R], buffers))
+    y_RD, g_RF, u_RF = _for_each_expert(plan, expert_step, varying_like([token_R], buffers))
     g_RF, u_RF = (remat.name(v, remat.SWIGLU_INPUT) for v in (g_RF, u_RF))
     return sum_rows(from_bits(y_RD, dtype), plan.row_NK).astype(dtype), (x_ND, gates_NK, weights, plan, g_RF, u_RF)
 
@@ -211,14 +199,14 @@ def _walk_backward(saved, dy_ND: Array):
             )
             return _write(dx_RD, dx, at), _write(dgates_R, jnp.sum(dh * h, axis=1), at), dweights
 
-        zeros = _varying_like([token_R], (jnp.zeros((width, hidden), jnp.float32),) * 3)
+        zeros = varying_like([token_R], (jnp.zeros((width, hidden), jnp.float32),) * 3)
         dx_RD, dgates_R, (dgate_FD, dup_FD, ddown_FD) = _for_each_block(count, block_step, (dx_RD, dgates_R, zeros))
         new = (w[None].astype(dtype) for w in (dgate_FD.T, dup_FD.T, ddown_FD))
         return dx_RD, dgates_R, tuple(_write(dw, w, expert) for dw, w in zip(dweights, new, strict=True))
 
     dx_bits = to_bits(jnp.zeros((rows, hidden), dtype))
     zeros = dx_bits, jnp.zeros(rows, jnp.float32), jax.tree.map(jnp.zeros_like, weight_bits)
-    dx_RD, dgates_R, dweights = _for_each_expert(plan, expert_step, _varying_like([token_R], zeros))
+    dx_RD, dgates_R, dweights = _for_each_expert(plan, expert_step, varying_like([token_R], zeros))
     dx_ND = sum_rows(from_bits(dx_RD, dtype), plan.row_NK).astype(dtype)
     return dx_ND, dgates_R[plan.row_NK], jax.tree.map(lambda w: from_bits(w, dtype), dweights), None
 

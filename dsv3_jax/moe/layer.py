@@ -1,6 +1,7 @@
 """One DeepSeekMoE layer, eqs. 12-13 [§2.1.2]: route, dispatch, experts, combine, beside the shared experts."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -10,6 +11,9 @@ from dsv3_jax.model.layers import swiglu, swiglu_spec
 from dsv3_jax.model.spec import Spec, SpecTree
 from dsv3_jax.moe.experts import routed_experts
 from dsv3_jax.moe.router import Routing, route
+from dsv3_jax.parallel.all_to_all import exchanged_experts
+from dsv3_jax.parallel.collectives import Placement, sum_over_tensor
+from dsv3_jax.parallel.mesh import EXPERT
 
 
 def moe_spec(config: ModelConfig) -> SpecTree:
@@ -30,21 +34,30 @@ def moe_spec(config: ModelConfig) -> SpecTree:
 
 
 def moe(
-    params: Mapping[str, Any], bias_E: Float[Array, " E"], u_BTD: Float[Array, "B T D"], config: ModelConfig
+    params: Mapping[str, Any],
+    bias_E: Float[Array, " E"],
+    u_BTD: Float[Array, "B T D"],
+    config: ModelConfig,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """sum_i g_i FFN_i(u) + FFN_shared(u), and what the router decided. No token is dropped."""
+    """sum_i g_i FFN_i(u) + FFN_shared(u), and what the router decided. No token is dropped.
+
+    Under a `placement`, `u_BTD` is the device's share of the batch and `params` its pieces; experts may be on other ranks.
+    """
     routing = route(u_BTD, params["gate"], bias_E, config)
     batch, length, hidden = u_BTD.shape
     flat = (batch * length, -1)
     experts = {name: weight.astype(u_BTD.dtype) for name, weight in params["experts"].items()}
-    y_ND = routed_experts(
-        u_BTD.reshape(flat),
-        routing.indices.reshape(flat),
-        routing.gates.reshape(flat),
-        experts,
-        implementation=config.experts_implementation,
-    )
+    implementation = config.experts_implementation
+    if implementation == "auto" and placement is not None:
+        implementation = "bucketed" if placement.platform == "cpu" else "ragged_dot"
+    here = partial(routed_experts, implementation=implementation)
+    inputs = u_BTD.reshape(flat), routing.indices.reshape(flat), routing.gates.reshape(flat), experts
+    if placement is None or placement.sizes[EXPERT] == 1:
+        y_ND = here(*inputs)
+    else:
+        y_ND = exchanged_experts(*inputs, here, placement)
     y_BTD = y_ND.reshape(batch, length, hidden)
     if config.n_shared_experts:
         y_BTD = y_BTD + swiglu(params["shared_experts"], u_BTD)
-    return y_BTD, routing
+    return sum_over_tensor(y_BTD, placement), routing

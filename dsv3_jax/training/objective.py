@@ -1,7 +1,8 @@
 """The objective of §2.2 and §2.1.2: cross entropy + lambda * MTP + alpha * balance, of one micro-batch.
 
 Every term is a sum over this micro-batch divided by a total over the whole optimiser step (`Totals`), so the objective of
-a step is the plain sum over its micro-batches, whatever their number, padding included.
+a step is the plain sum over its micro-batches, whatever their number, padding included. On a mesh the same holds of the
+devices' shares: each sees its own rows, and only totals and final sums are taken over all of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from dsv3_jax.model.mtp import Depth, mtp_forward, predicts_within_document, shi
 from dsv3_jax.model.transformer import Hidden, Summary, forward, head, make_context
 from dsv3_jax.moe.balance import Controller, Scope, count_load
 from dsv3_jax.moe.router import Routing
+from dsv3_jax.parallel.collectives import Placement, sum_over_batch, varying_like
+from dsv3_jax.parallel.mesh import TENSOR
 from dsv3_jax.training.loss import chunk_length, cross_entropy
 
 Batch = Mapping[str, Int[Array, "B S"]]  # tokens, segment_ids, domain_ids; S = inputs and the last target
@@ -48,29 +51,36 @@ def counted_tokens(batch: Batch, config: Config) -> list[Bool[Array, "B T"]]:
     return [main] * config.model.n_main_moe_layers + [predicts_within_document(batch["segment_ids"], k) for k in depths]
 
 
-def batch_totals(batch: Batch, config: Config) -> Totals:
-    """Totals over a batch of all rows of an optimiser step."""
+def batch_totals(batch: Batch, config: Config, placement: Placement | None = None) -> Totals:
+    """Totals over a batch of all rows of an optimiser step; counted as integers, exact at any batch size."""
     depths = range(config.model.num_nextn_predict_layers + 1)
-    targets = [predicts_within_document(batch["segment_ids"], k).sum(dtype=jnp.float32) for k in depths]
+    targets = [predicts_within_document(batch["segment_ids"], k).sum(dtype=jnp.int32) for k in depths]
     counted, n_main = counted_tokens(batch, config), config.model.n_main_moe_layers
 
     def per_layer(count: Callable[[Array], Array]) -> Array:
         # The main layers count the same tokens: once for all of them, so that the program does not grow with depth.
         main = [jnp.broadcast_to(count(c), (n_main,)) for c in counted[: min(n_main, 1)]]
-        return jnp.concatenate([*main, *(count(c)[None] for c in counted[n_main:]), jnp.zeros((0,), jnp.float32)])
+        return jnp.concatenate([*main, *(count(c)[None] for c in counted[n_main:]), jnp.zeros((0,), jnp.int32)])
 
-    tokens = per_layer(lambda c: c.sum(dtype=jnp.float32))
-    sequences = per_layer(lambda c: c.any(axis=1).sum(dtype=jnp.float32))
-    return Totals(jnp.stack(targets), tokens, sequences, load_LE=None)
+    tokens = per_layer(lambda c: c.sum(dtype=jnp.int32))
+    sequences = per_layer(lambda c: c.any(axis=1).sum(dtype=jnp.int32))
+    counts = sum_over_batch((jnp.stack(targets), tokens, sequences), placement)
+    return Totals(*(count.astype(jnp.float32) for count in counts), load_LE=None)
 
 
 def run_model(
-    params: Any, bias_LE: Float[Array, "L E"], batch: Batch, config: Config, summary: Summary, extras_L: Any
+    params: Any,
+    bias_LE: Float[Array, "L E"],
+    batch: Batch,
+    config: Config,
+    summary: Summary,
+    extras_L: Any,
+    placement: Placement | None = None,
 ) -> tuple[Hidden, list[Depth], Any]:
     """Main and MTP forward passes; `summary(routing, (counted, extra))` of every MoE layer, stacked [L, ...]."""
     model, n_main = config.model, config.model.n_main_moe_layers
     tokens, segments = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
-    context = make_context(segments, model, cross_document=config.data.cross_document_attention)
+    context = make_context(segments, model, cross_document=config.data.cross_document_attention, placement=placement)
     counted = counted_tokens(batch, config)
 
     def summarise_main(routing: Routing, extra: Any) -> Any:
@@ -90,25 +100,32 @@ def run_model(
     return main, depths, layers
 
 
-def count_batch(params: Any, bias_LE: Float[Array, "L E"], batch: Batch, config: Config) -> Int[Array, "L E"]:
-    """Load of every MoE layer's experts, by a forward pass alone."""
+def count_batch(
+    params: Any, bias_LE: Float[Array, "L E"], batch: Batch, config: Config, placement: Placement | None = None
+) -> Int[Array, "L E"]:
+    """Load of every MoE layer's experts from these rows, by a forward pass alone."""
 
     def count(routing: Routing, extra: Any) -> Array:
         return count_load(routing.indices, extra[0], config.model.n_routed_experts)
 
-    return run_model(params, bias_LE, batch, config, count, None)[2]
+    return run_model(params, bias_LE, batch, config, count, None, placement)[2]
 
 
-def depth_losses(params: Any, batch: Batch, hidden: list[Array], config: Config) -> list[tuple[Array, Array]]:
+def depth_losses(
+    params: Any, batch: Batch, hidden: list[Array], config: Config, placement: Placement | None = None
+) -> list[tuple[Array, Array]]:
     """(sum over targets, nats [B, T] with 0 where there is none) of each depth; `hidden` holds every depth's normed states."""
-    weight_VD = head(params, config.model).astype(hidden[0].dtype)
+    weight_VD = head(params, config.model, placement).astype(hidden[0].dtype)
+    vocab_axis = None if placement is None else TENSOR
+    if vocab_axis:  # before `custom_vjp`: so each rank's gradient of its rows stays its own
+        weight_VD = varying_like(hidden, weight_VD)
     batch_size, length, _ = hidden[0].shape
-    chunk = chunk_length(batch_size, length, config.model.vocab_size, config.train.loss_chunk_elements)
+    chunk = chunk_length(batch_size, length, weight_VD.shape[0], config.train.loss_chunk_elements)
     losses = []
     for k, hidden_BTD in enumerate(hidden):
         targets = shifted(batch["tokens"], k + 1)[:, :-1]
         weights = predicts_within_document(batch["segment_ids"], k).astype(jnp.float32)
-        total, nll_BT = cross_entropy(hidden_BTD, weight_VD, targets, weights, chunk)
+        total, nll_BT = cross_entropy(hidden_BTD, weight_VD, targets, weights, chunk, vocab_axis)
         losses.append((total, nll_BT * weights))
     return losses
 
@@ -130,8 +147,9 @@ def objective(
     config: Config,
     controller: Controller,
     n_domains: int,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, ""], Terms]:
-    """This micro-batch's share of the step's objective, differentiable in `params`."""
+    """This micro-batch's (and, on a mesh, this device's) share of the step's objective, differentiable in `params`."""
     model, train = config.model, config.train
 
     def summarise(routing: Routing, extra: Any) -> tuple[Array, Array]:
@@ -139,14 +157,16 @@ def objective(
         own_load = count_load(routing.indices, valid, model.n_routed_experts)
         if controller.loss is None:
             return own_load, jnp.float32(0)
-        scope = Scope(valid, sequences, tokens, own_load if load is None else load)
+        if load is None and controller.needs_load:  # the step has one micro-batch: its load is that of all devices' rows
+            load = sum_over_batch(own_load, placement)
+        scope = Scope(valid, sequences, tokens, load)
         return own_load, controller.loss(routing, scope, model)
 
     extras_L = (totals.tokens_L, totals.sequences_L, totals.load_LE)
-    main, depths, layers = run_model(params, bias_LE, batch, config, summarise, extras_L)
+    main, depths, layers = run_model(params, bias_LE, batch, config, summarise, extras_L, placement)
     load_LE, balance_L = layers or (jnp.zeros((0, model.n_routed_experts), jnp.int32), jnp.zeros((0,), jnp.float32))
 
-    losses = depth_losses(params, batch, [main.normed_BTD, *(d.normed_BTD for d in depths)], config)
+    losses = depth_losses(params, batch, [main.normed_BTD, *(d.normed_BTD for d in depths)], config, placement)
     depth_loss_Q = jnp.stack([total for total, _ in losses]) / jnp.maximum(totals.targets_Q, 1.0)
     mtp = mtp_weight * depth_loss_Q[1:].sum() / max(1, model.num_nextn_predict_layers)
 

@@ -1,6 +1,8 @@
 """One optimiser step as a pure function, `(state, batch, hyper) -> (state, metrics)`, compiled once [§2.1.2, §4.2].
 
-The batch comes cut into micro-batches; gradients, losses and expert counts are summed over them, the bias moves once.
+The batch comes cut into micro-batches; gradients, losses and expert counts are summed over them, the bias moves once. On a
+mesh the gradients come from one `shard_map`, in which each device adds up its own rows' share, and the optimiser runs on the
+pieces in which its state lies.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,12 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.module import Variables, abstract_variables, init_variables
+from dsv3_jax.model.module import Variables, abstract_variables, init_variables, model_spec
 from dsv3_jax.moe.balance import Controller, controller_of, count_load, max_violation
 from dsv3_jax.moe.router import Routing, check_router
+from dsv3_jax.parallel.collectives import BATCH_SPEC, Placement, own_copies, reduced, sum_over_batch, varying_like
+from dsv3_jax.parallel.rules import state_specs
 from dsv3_jax.training.objective import (
     Terms,
     Totals,
@@ -65,22 +70,54 @@ def _first_state(variables: Variables, config: Config) -> TrainState:
     return TrainState(variables.params, opt_state, variables.bias_LE, zero, zero.copy(), zero.copy())
 
 
-def make_train_step(config: Config, n_domains: int) -> Callable[[TrainState, MicroBatches, Hyper], tuple[TrainState, Metrics]]:
+def make_train_step(
+    config: Config, n_domains: int, placement: Placement | None = None
+) -> Callable[[TrainState, MicroBatches, Hyper], tuple[TrainState, Metrics]]:
     """The compiled step; its first argument is donated.
+
+    With a `placement` the state lies as `state_shardings` says, before and after, and the batch as `BATCH_SPEC`.
 
     Raises ValueError if a controller, score function or selector cannot be loaded or does not keep to its signature.
     """
     if config.model.n_moe_layers:
         check_router(config.model)
-    step = partial(train_step, config=config, controller=controller_of(config), n_domains=n_domains)
-    return jax.jit(step, donate_argnums=0)
+    step = partial(train_step, config=config, controller=controller_of(config), n_domains=n_domains, placement=placement)
+    if placement is None:
+        return jax.jit(step, donate_argnums=0)
+    out_shardings = state_shardings(config, placement), placement.sharding(PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def state_shardings(config: Config, placement: Placement) -> TrainState:
+    """A tree of NamedSharding like the state: parameters as the layout stores them, moments and masters in pieces (ZeRO-1).
+
+    Raises ValueError, naming the parameter and the axis, where a mesh axis does not divide.
+    """
+    spec, replicated = model_spec(config.model), placement.sharding(PartitionSpec())
+    params, pieces = (
+        jax.tree.map(placement.sharding, specs)
+        for specs in (placement.stored_specs(spec), state_specs(spec, placement.sizes))
+    )
+    has_masters = abstract_state(config).opt_state.master is not None
+    opt_state = OptState(pieces, pieces, pieces if has_masters else None, replicated)
+    return TrainState(params, opt_state, replicated, replicated, replicated, replicated)
 
 
 def train_step(
-    state: TrainState, batch: MicroBatches, hyper: Hyper, *, config: Config, controller: Controller, n_domains: int
+    state: TrainState,
+    batch: MicroBatches,
+    hyper: Hyper,
+    *,
+    config: Config,
+    controller: Controller,
+    n_domains: int,
+    placement: Placement | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step; with a non-finite loss or gradient, nothing but the counters changes."""
-    grads, terms = gradients(state, batch, hyper, config, controller, n_domains)
+    grads, terms = gradients(state, batch, hyper, config, controller, n_domains, placement)
+    if placement is not None:  # the optimiser works on the pieces in which gradients and moments lie
+        pieces = state_shardings(config, placement).opt_state.mu
+        state = state._replace(params=jax.lax.with_sharding_constraint(state.params, pieces))
     grad_norm = global_norm(grads)
     finite = jnp.isfinite(terms.loss) & jnp.isfinite(grad_norm)
 
@@ -122,12 +159,44 @@ def move_bias(
 
 
 def gradients(
-    state: TrainState, batch: MicroBatches, hyper: Hyper, config: Config, controller: Controller, n_domains: int
+    state: TrainState,
+    batch: MicroBatches,
+    hyper: Hyper,
+    config: Config,
+    controller: Controller,
+    n_domains: int,
+    placement: Placement | None = None,
 ) -> tuple[Any, Terms]:
-    """Gradient of the whole batch's objective, float32 where there are several micro-batches, and the step's sums."""
+    """Gradient of the whole batch's objective, float32 where there are several micro-batches, and the step's sums.
+
+    On a mesh the gradient lies in pieces, as the optimiser's moments do.
+    """
+    local = partial(_own_gradients, config=config, controller=controller, n_domains=n_domains, placement=placement)
+    arguments = state.params, state.bias, batch, hyper
+    if placement is None:
+        return local(*arguments)
+    spec, nowhere = model_spec(config.model), PartitionSpec()
+    in_specs = placement.stored_specs(spec), nowhere, BATCH_SPEC, nowhere
+    out_specs = state_specs(spec, placement.sizes), nowhere
+    return jax.shard_map(local, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs)(*arguments)
+
+
+def _own_gradients(
+    params: Any,
+    bias_LE: Array,
+    batch: MicroBatches,
+    hyper: Hyper,
+    config: Config,
+    controller: Controller,
+    n_domains: int,
+    placement: Placement | None,
+) -> tuple[Any, Terms]:
+    """`gradients` of the rows that are here, summed over the mesh at the end."""
     n_micro, _, window = batch["tokens"].shape
-    totals = batch_totals({name: a.reshape(-1, window) for name, a in batch.items()}, config)
-    used = (batch["segment_ids"] != 0).any(axis=(1, 2)).sum(dtype=jnp.int32)  # the rest is a ramp's padding
+    totals = batch_totals({name: a.reshape(-1, window) for name, a in batch.items()}, config, placement)
+    in_use_A = sum_over_batch((batch["segment_ids"] != 0).any(axis=(1, 2)).astype(jnp.int32), placement) > 0
+    used = in_use_A.sum(dtype=jnp.int32)  # the rest is a ramp's padding
+    params = own_copies(params, placement)
 
     def micro(i: Any) -> dict[str, Array]:
         return {name: a[i] for name, a in batch.items()}
@@ -135,28 +204,32 @@ def gradients(
     if controller.needs_load and n_micro > 1:
 
         def count(i: Array, load_LE: Array) -> Array:
-            return load_LE + count_batch(state.params, state.bias, micro(i), config)
+            return load_LE + count_batch(params, bias_LE, micro(i), config, placement)
 
-        load_LE = jax.lax.fori_loop(0, used, count, jnp.zeros(state.bias.shape, jnp.int32))
-        totals = totals._replace(load_LE=load_LE)
+        none = varying_like(batch, jnp.zeros(bias_LE.shape, jnp.int32))
+        totals = totals._replace(load_LE=sum_over_batch(jax.lax.fori_loop(0, used, count, none), placement))
 
     def gradient(i: Any, totals: Totals) -> tuple[Any, Terms]:
-        fixed = (state.bias, micro(i), totals, hyper.mtp_loss_weight, config, controller, n_domains)
-        return jax.grad(objective, has_aux=True)(state.params, *fixed)
-
-    if n_micro == 1:
-        return gradient(0, totals)
+        fixed = (bias_LE, micro(i), totals, hyper.mtp_loss_weight, config, controller, n_domains, placement)
+        return jax.grad(objective, has_aux=True)(params, *fixed)
 
     def accumulate(i: Array, sums: Any) -> Any:
         return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, gradient(i, totals))
 
-    shapes = jax.eval_shape(gradient, 0, totals)
-    wide = {jnp.dtype(jnp.bfloat16): jnp.float32}
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, wide.get(x.dtype, x.dtype)), shapes)
-    return jax.lax.fori_loop(0, used, accumulate, start)
+    if n_micro == 1:
+        grads, terms = gradient(0, totals)
+    else:
+        wide = {jnp.dtype(jnp.bfloat16): jnp.float32}
+        shapes = jax.eval_shape(gradient, 0, totals)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide.get(x.dtype, x.dtype)), shapes)
+        start = jax.tree.map(varying_like, params, zeros[0]), varying_like(batch, zeros[1])
+        grads, terms = jax.lax.fori_loop(0, used, accumulate, start)
+    return reduced(grads, model_spec(config.model), placement), sum_over_batch(terms, placement)
 
 
-def make_eval_step(config: Config, n_domains: int) -> Callable[[Any, Float[Array, "L E"], MicroBatches], Metrics]:
+def make_eval_step(
+    config: Config, n_domains: int, placement: Placement | None = None
+) -> Callable[[Any, Float[Array, "L E"], MicroBatches], Metrics]:
     """Compiled `(params, bias, batch) -> sums` over one batch of held-out data; changes no count and no bias."""
 
     def evaluate(params: Any, bias_LE: Array, batch: MicroBatches) -> Metrics:
@@ -169,10 +242,10 @@ def make_eval_step(config: Config, n_domains: int) -> Callable[[Any, Float[Array
 
             return jax.vmap(one_domain)(jnp.arange(n_domains, dtype=jnp.int32))
 
-        main, depths, domain_load_LME = run_model(params, bias_LE, flat, config, domain_load, None)
-        losses = depth_losses(params, flat, [main.normed_BTD, *(d.normed_BTD for d in depths)], config)
+        main, depths, domain_load_LME = run_model(params, bias_LE, flat, config, domain_load, None, placement)
+        losses = depth_losses(params, flat, [main.normed_BTD, *(d.normed_BTD for d in depths)], config, placement)
         domain_loss_M, domain_targets_M = by_domain(flat, losses[0][1], n_domains)
-        return {
+        sums = {
             "domain_loss_sum": domain_loss_M,
             "domain_tokens": domain_targets_M,
             "load": domain_load_LME.sum(axis=1),
@@ -180,5 +253,10 @@ def make_eval_step(config: Config, n_domains: int) -> Callable[[Any, Float[Array
             "mtp_loss_sum": jnp.stack([total for total, _ in losses])[1:],
             "mtp_tokens": batch_totals(flat, config).targets_Q[1:].astype(jnp.int32),
         }
+        return sum_over_batch(sums, placement)
 
-    return jax.jit(evaluate)
+    if placement is None:
+        return jax.jit(evaluate)
+    nowhere = PartitionSpec()
+    in_specs = placement.stored_specs(model_spec(config.model)), nowhere, BATCH_SPEC
+    return jax.jit(jax.shard_map(evaluate, mesh=placement.mesh, in_specs=in_specs, out_specs=nowhere))

@@ -92,7 +92,7 @@ def test_the_future_is_invisible():
     weights = {name: array[0] for name, array in params["moe_layers"]["self_attn"].items()}
     x = jnp.asarray(np.random.default_rng(3).standard_normal((1, 6, 24)), jnp.float32)
     context = make_context(jnp.ones((1, 6), jnp.int32), config, cross_document=True)
-    run = quick_jit(lambda x: attention(weights, x, *context, config))
+    run = quick_jit(lambda x: attention(weights, x, context.rope, context.segments_BT, config))
     before, after = run(x), run(x.at[:, 4].add(1.0))
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert np.abs(np.asarray(before - after))[:, 4:].max() > 1e-3

@@ -52,7 +52,7 @@ def layer_by_layer(params, bias, tokens, config, *, halves):
         kept[f"hidden_{i}"] = after
         if halves:
             normed = rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
-            attended = attention(weights["self_attn"], normed, *context, config)
+            attended = attention(weights["self_attn"], normed, context.rope, context.segments_BT, config)
             kept |= {f"attn_out_{i}": attended, f"mlp_out_{i}": after - x - attended}
         x = after
     return kept

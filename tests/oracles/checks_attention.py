@@ -75,7 +75,7 @@ def check_attention_equals_the_reference(kind: str, *, length: int = 7, packed: 
 
     def run(x: Any) -> Any:
         context = transformer.make_context(jnp.asarray(segments), config, cross_document=not packed)
-        return mla.attention(weights, x, *context, config)
+        return mla.attention(weights, x, context.rope, context.segments_BT, config)
 
     actual = quick_jit(run)(jnp.asarray(x))
     for b in range(2):

@@ -34,8 +34,13 @@ def run_router(logits: np.ndarray, bias: np.ndarray, config: ModelConfig) -> rou
     return quick_jit(lambda x, bias: router.route(x, weight, bias, config))(x, jnp.asarray(bias, jnp.float32))
 
 
-def assert_routing_equals(actual: router.Routing, expected: dict[str, Any], *, decided_by: float = 1e-5) -> None:
-    """Same choice, in the same order, wherever float64 decides it by more than rounding; same gates there."""
+def assert_routing_equals(
+    actual: router.Routing, expected: dict[str, Any], *, decided_by: float = 1e-5, logit_error: float = 0.0
+) -> None:
+    """Same choice, in the same order, wherever float64 decides it by more than rounding; same gates there.
+
+    `logit_error`: by how much the logits may differ; a sigmoid passes on a quarter of it at most.
+    """
     scores = np.take_along_axis(expected["biased"], expected["indices"], -1)
     order_margin = -np.diff(scores, axis=-1).max(axis=-1, initial=-np.inf)
     clear = np.minimum(np.minimum(expected["margin"], expected["group_margin"]), order_margin) > decided_by
@@ -45,7 +50,7 @@ def assert_routing_equals(actual: router.Routing, expected: dict[str, Any], *, d
     scale = float(np.abs(expected["gates"]).max())
     np.testing.assert_allclose(np.asarray(actual.gates)[clear], expected["gates"][clear], rtol=2e-6, atol=1e-7 * scale)
     np.testing.assert_allclose(np.asarray(actual.margin)[clear], expected["margin"][clear], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(actual.scores, expected["scores"], rtol=0, atol=3e-7)
+    np.testing.assert_allclose(actual.scores, expected["scores"], rtol=0, atol=3e-7 + logit_error / 4)
 
 
 def check_known_choices() -> None:
@@ -98,6 +103,7 @@ def check_router_computes_in_float32() -> None:
     actual = quick_jit(lambda x, w: router.route(x, w, bias, config))(x, jnp.asarray(weight))
     logits = np.asarray(x, np.float64) @ weight.astype(np.float64)
     assert {str(a.dtype) for a in (actual.gates, actual.scores, actual.logits, actual.margin)} == {"float32"}
-    np.testing.assert_allclose(actual.logits, logits, rtol=0, atol=1e-5)  # 24 terms of order 1; BF16 errs by 1e-2
+    logit_error = 4e-6  # 24 terms of order 1, partial sums of order 10; BF16 errs by 1e-2
+    np.testing.assert_allclose(actual.logits, logits, rtol=0, atol=logit_error)
     expected = numpy_moe.route(logits, np.asarray(bias, np.float64), **vectors.ROUTER_SETTINGS)
-    assert_routing_equals(actual, expected)
+    assert_routing_equals(actual, expected, logit_error=logit_error)

@@ -41,14 +41,14 @@ def count_padding(indices, valid, n_experts):
     return sound[balance, "count_load"](indices, jnp.ones_like(valid), n_experts)
 
 
-def gradients_with_last_counts(state, batch, hyper, config, controller, n_domains):
+def gradients_with_last_counts(state, batch, hyper, config, controller, n_domains, placement=None):
     """The load of the last micro-batch with tokens alone, as if each had overwritten the counter."""
     grads, terms = sound[step, "gradients"](state, batch, hyper, config, controller, n_domains)
     last = jax.tree.map(lambda a: a[-1:], batch)
     return grads, terms._replace(load_LE=sound[step, "gradients"](state, last, hyper, config, controller, n_domains)[1].load_LE)
 
 
-def gradients_with_bias_moved_per_micro_batch(state, batch, hyper, config, controller, n_domains):
+def gradients_with_bias_moved_per_micro_batch(state, batch, hyper, config, controller, n_domains, placement=None):
     for i in range(batch["tokens"].shape[0]):
         one = jax.tree.map(lambda a, i=i: a[i : i + 1], batch)
         grads, terms = sound[step, "gradients"](state, one, hyper, config, controller, n_domains)
@@ -57,7 +57,7 @@ def gradients_with_bias_moved_per_micro_batch(state, batch, hyper, config, contr
     return sound[step, "gradients"](state, batch, hyper, config, controller, n_domains)
 
 
-def count_twice_when_recomputing(params, bias_LE, batch, config, summary, extras_L):
+def count_twice_when_recomputing(params, bias_LE, batch, config, summary, extras_L, placement=None):
     main, depths, layers = sound[objective, "run_model"](params, bias_LE, batch, config, summary, extras_L)
     return main, depths, layers if config.model.remat == "none" else (2 * layers[0], *layers[1:])
 
@@ -196,7 +196,7 @@ def module_without_shift(params, bias_E, hidden, embedding, context, config):
     return sound[mtp, "module"](params, bias_E, hidden, jnp.roll(embedding, 1, axis=1), context, config)
 
 
-def uninitialised_head(params, batch, hidden, config):
+def uninitialised_head(params, batch, hidden, config, placement=None):
     fresh = 0.006 * jax.random.normal(jax.random.key(3), params["lm_head"].shape)
     main = sound[objective, "depth_losses"](params, batch, hidden[:1], config)
     own = sound[objective, "depth_losses"](params | {"lm_head": fresh}, batch, hidden, config)
@@ -255,7 +255,7 @@ def frequencies_all_interpolated(config):
 def scaled_share(term):
     """The `term` of the objective is divided by each micro-batch's own count, and so counts once per micro-batch."""
 
-    def faulty(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains):
+    def faulty(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains, placement=None):
         own = objective.batch_totals(batch, config)
         fixed = {
             "mtp": {"targets_Q": totals.targets_Q.at[1:].set(own.targets_Q[1:])},
@@ -268,7 +268,7 @@ def scaled_share(term):
     return faulty
 
 
-def mtp_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains):
+def mtp_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains, placement=None):
     """The value is right, the gradient of MTP's term is scaled by the number of micro-batches."""
     args = (config, controller, n_domains)
     loss, terms = sound[step, "objective"](params, bias_LE, batch, totals, mtp_weight, *args)
@@ -276,7 +276,7 @@ def mtp_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, con
     return loss + excess - jax.lax.stop_gradient(excess), terms
 
 
-def balance_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains):
+def balance_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains, placement=None):
     loss, terms = sound[step, "objective"](params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains)
     excess = loss - sound[step, "objective"](
         params, bias_LE, batch, totals, mtp_weight, config, controller._replace(alpha=0.0), n_domains
