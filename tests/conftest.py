@@ -8,6 +8,9 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# A mesh to test on. What names no layout runs on the first of them, as it does where there is one.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # What promotes silently also rounds silently: make code say which dtype and which axes it means.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -30,6 +30,8 @@ class Mutant(NamedTuple):
 # The table -----------------------------------------------------------------------------------------------------------------
 
 STEP = checks_step.check_step_equals_the_reference
+MESH = checks_step.check_step_on_a_mesh_equals_the_reference
+MESH_MICRO = checks_step.check_step_in_micro_batches_on_a_mesh_equals_the_reference
 BIAS = checks_step.check_bias_moves_once_a_step_by_the_speed
 REMAT = checks_step.check_rematerialisation_changes_no_count_and_no_loss
 CONTROLLERS, SELECTORS, SCORES = balance.CONTROLLERS, router.SELECTORS, router.SCORE_FUNCTIONS
@@ -54,6 +56,16 @@ MUTANTS = [
     Mutant("2 counts doubled by recomputation", REMAT, [(objective, "run_model", faults.count_twice_when_recomputing)]),
     Mutant("2 padding counted", checks_balance.check_counts_leave_padding_out, [(balance, "count_load", faults.count_padding)]),
     Mutant("2 padding counted by the step", plain_step, [(objective, "count_load", faults.count_padding)]),
+    Mutant("3 counts of one rank", MESH, [(step, "sum_over_batch", faults.counts_of_one_rank)]),
+    Mutant("3 counts of one expert group", MESH, [(step, "sum_over_batch", faults.counts_of_one_expert_group)]),
+    Mutant("2 counts doubled by recomputation on a mesh", MESH_MICRO,
+           [(objective, "run_model", faults.count_twice_when_recomputing)]),
+    Mutant("14 gradients averaged over ranks", MESH, [(step, "reduced", faults.averaged_over_ranks)]),
+    Mutant("14 MTP divided by a rank's targets", MESH, [(step, "batch_totals", faults.totals_of_one_rank("targets_Q"))]),
+    Mutant("14 balance divided by a rank's sequences", MESH,
+           [(step, "batch_totals", faults.totals_of_one_rank("sequences_L"))]),
+    Mutant("14 balance divided by a micro-batch's sequences on a mesh", MESH_MICRO,
+           [(step, "objective", faults.scaled_share("balance"))]),
     Mutant("4 counts in bfloat16", checks_balance.check_sign_is_exact_at_large_counts,
            [(CONTROLLERS, "sign", faults.sign_with(faults.bfloat16_counts))]),
     Mutant("4 counts in float32", checks_balance.check_sign_is_exact_at_large_counts,
@@ -125,9 +137,12 @@ MUTANTS = [
 
 
 
+SLOW = {STEP, MESH, MESH_MICRO}
+
+
 def listed(items: list[Any], check_of: Callable[[Any], Any], name_of: Callable[[Any], str]) -> list[Any]:
     """Parameters; those that compile the whole model's gradient step are slow."""
-    return [pytest.param(i, id=name_of(i), marks=[pytest.mark.slow] if check_of(i) is STEP else []) for i in items]
+    return [pytest.param(i, id=name_of(i), marks=[pytest.mark.slow] if check_of(i) in SLOW else []) for i in items]
 
 
 CHECKS = list({m.check: None for m in MUTANTS})

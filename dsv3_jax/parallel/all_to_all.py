@@ -174,7 +174,8 @@ def _route(indices_NK: Array, n_own: int, placement: Placement) -> _Route:
     queues = Queues(count_SE.reshape(ranks, ranks, n_own))
     name = placement.parallel.exchange
     kind = {"ragged": ragged, "padded": padded, "auto": padded if placement.platform == "cpu" else ragged}[name]
-    capacity = buffer_rows(*indices_NK.shape, ranks, ranks * n_own, placement.parallel.exchange_buffer)
+    n_tokens, top_k = indices_NK.shape
+    capacity = buffer_rows(n_tokens, top_k, ranks, ranks * n_own, placement.parallel.exchange_buffer)
     exchange = kind(ranks, capacity)
     n_rounds = lax.pmax(varying(exchange.rounds(queues), BATCH_AXES), BATCH_AXES)
     return _Route(plan.token_R, plan.choice_R, plan.row_NK, plan.start_E[::n_own], queues, n_rounds, exchange)

@@ -34,6 +34,7 @@ RULES: dict[str, str | None] = {
 # Where the state's further cuts fall: the first of these logical axes that divides. Never over layers, which are scanned.
 STATE_ORDER = (
     "embed", "embed_pair", "q_lora", "kv_lora", "vocab", "mlp", "heads", "kv_heads", "head_dim", "expert_mlp", "experts",
+    "router",
 )  # fmt: skip
 
 Dims = tuple[tuple[str, ...], ...]  # for each dimension, the mesh axes that it is cut over, the slowest first

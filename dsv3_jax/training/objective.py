@@ -54,7 +54,7 @@ def counted_tokens(batch: Batch, config: Config) -> list[Bool[Array, "B T"]]:
 def batch_totals(batch: Batch, config: Config, placement: Placement | None = None) -> Totals:
     """Totals over a batch of all rows of an optimiser step; counted as integers, exact at any batch size."""
     depths = range(config.model.num_nextn_predict_layers + 1)
-    targets = [predicts_within_document(batch["segment_ids"], k).sum(dtype=jnp.int32) for k in depths]
+    depth_targets = [predicts_within_document(batch["segment_ids"], k).sum(dtype=jnp.int32) for k in depths]
     counted, n_main = counted_tokens(batch, config), config.model.n_main_moe_layers
 
     def per_layer(count: Callable[[Array], Array]) -> Array:
@@ -64,8 +64,9 @@ def batch_totals(batch: Batch, config: Config, placement: Placement | None = Non
 
     tokens = per_layer(lambda c: c.sum(dtype=jnp.int32))
     sequences = per_layer(lambda c: c.any(axis=1).sum(dtype=jnp.int32))
-    counts = sum_over_batch((jnp.stack(targets), tokens, sequences), placement)
-    return Totals(*(count.astype(jnp.float32) for count in counts), load_LE=None)
+    counts = sum_over_batch((jnp.stack(depth_targets), tokens, sequences), placement)
+    targets_Q, tokens_L, sequences_L = (count.astype(jnp.float32) for count in counts)
+    return Totals(targets_Q, tokens_L, sequences_L, load_LE=None)
 
 
 def run_model(

@@ -88,8 +88,8 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def state_shardings(config: Config, placement: Placement) -> TrainState:
-    """A tree of NamedSharding like the state: parameters as the layout stores them, moments and masters in pieces (ZeRO-1).
+def state_shardings(config: Config, placement: Placement) -> Any:
+    """A TrainState of NamedSharding: parameters as the layout stores them, moments and masters in pieces (ZeRO-1).
 
     Raises ValueError, naming the parameter and the axis, where a mesh axis does not divide.
     """
@@ -99,8 +99,8 @@ def state_shardings(config: Config, placement: Placement) -> TrainState:
         for specs in (placement.stored_specs(spec), state_specs(spec, placement.sizes))
     )
     has_masters = abstract_state(config).opt_state.master is not None
-    opt_state = OptState(pieces, pieces, pieces if has_masters else None, replicated)
-    return TrainState(params, opt_state, replicated, replicated, replicated, replicated)
+    opt_state: Any = OptState(pieces, pieces, pieces if has_masters else None, n_updates=replicated)  # type: ignore[arg-type]
+    return TrainState(params, opt_state, *[replicated] * 4)  # type: ignore[arg-type]
 
 
 def train_step(

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import Config, DataConfig, TrainConfig
+from dsv3_jax.config import Config, DataConfig, ParallelConfig, TrainConfig
 from dsv3_jax.moe.balance import controller_of
+from dsv3_jax.parallel.collectives import BATCH_SPEC, Placement
+from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training import step as training
 from dsv3_jax.training.optimizer import init_optimizer
 from oracles import numpy_moe
@@ -60,22 +62,37 @@ def state_of(tensors: dict[str, np.ndarray], config: Config) -> training.TrainSt
     return training.TrainState(params, init_optimizer(config.train, params), bias, zero, zero.copy(), zero.copy())
 
 
-def run_gradients(config: Config, tensors: dict[str, np.ndarray], batch: dict[str, np.ndarray], micro_batches: int) -> Any:
-    """(gradients, Terms) of a step cut into so many micro-batches."""
-    controller, state = controller_of(config), state_of(tensors, config)
-    run = partial(training.gradients, config=config, controller=controller, n_domains=DOMAINS)
-    return quick_jit(run)(state, cut(batch, micro_batches), HYPER)
+def run_gradients(
+    config: Config, tensors: dict[str, np.ndarray], batch: dict[str, np.ndarray], micro_batches: int, ranks: int = 1
+) -> Any:
+    """(gradients, Terms) of a step cut into so many micro-batches, on the mesh of `config` over so many devices."""
+    controller, state, rows_ = controller_of(config), state_of(tensors, config), cut(batch, micro_batches)
+    placement = None
+    if ranks > 1:
+        placement = Placement(make_mesh(config, jax.devices()[:ranks]), config.parallel)
+        state = jax.device_put(state, training.state_shardings(config, placement))
+        rows_ = jax.device_put(rows_, placement.sharding(BATCH_SPEC))
+    run = partial(training.gradients, config=config, controller=controller, n_domains=DOMAINS, placement=placement)
+    return quick_jit(run)(state, rows_, HYPER)
 
 
 def check_step_equals_the_reference(
-    released: dict[str, Any] = RELEASED, *, micro_batches: int = 2, balance: str = "sequence", model: Any = None, **train: Any
+    released: dict[str, Any] = RELEASED,
+    *,
+    micro_batches: int = 2,
+    balance: str = "sequence",
+    model: Any = None,
+    mesh: ParallelConfig | None = None,
+    ranks: int = 1,
+    **train: Any,
 ) -> None:
     """Every term, every count, and the gradient along a random direction, of ragged rows in so many micro-batches."""
     config = step_config(released, model=model, **train)
+    config = dataclasses.replace(config, parallel=mesh or ParallelConfig())
     tensors, batch = random_tensors(released, seed=1), rows()
     if config.model.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    gradients, terms = run_gradients(config, tensors, batch, micro_batches)
+    gradients, terms = run_gradients(config, tensors, batch, micro_batches, ranks)
 
     alpha = controller_of(config).alpha
     options = dict(mtp_weight=MTP_WEIGHT, alpha=alpha, balance=balance, n_domains=DOMAINS,
@@ -108,6 +125,16 @@ def check_step_equals_the_reference(
         ours = sum(float((released_grads[n].astype(np.float64) * d).sum()) for n, d in direction.items())
         size = sum(float(np.square(released_grads[n].astype(np.float64) * tensors[n].std()).sum()) for n in names) ** 0.5
         assert abs(ours - slope) < 2e-5 * size + 1e-6, (ours, slope)
+
+
+def check_step_on_a_mesh_equals_the_reference() -> None:
+    """One row on each of 2 x 2 ranks; expert parallel, the state in pieces."""
+    mesh = ParallelConfig(layout="report", mesh_expert=2, mesh_data=2)
+    check_step_equals_the_reference(micro_batches=1, mesh=mesh, ranks=4)
+
+
+def check_step_in_micro_batches_on_a_mesh_equals_the_reference() -> None:
+    check_step_equals_the_reference(mesh=ParallelConfig(layout="fully_sharded"), ranks=2, model={"remat": "full"})
 
 
 def check_bias_moves_once_a_step_by_the_speed(micro_batches: int = 2) -> None:

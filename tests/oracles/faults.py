@@ -13,6 +13,7 @@ import dsv3_jax.moe.layer as layer
 import dsv3_jax.moe.router as router
 import dsv3_jax.training.objective as objective
 import dsv3_jax.training.step as step
+from dsv3_jax.parallel.mesh import BATCH_AXES
 
 # The sound functions: a faulty copy must reach them while itself stands in their place.
 sound = {
@@ -21,7 +22,7 @@ sound = {
         (balance, "count_load"), (balance, "sequence_loss"), (layer, "route"), (router, "gates"), (router, "route"),
         (mla, "apply_rope"), (mla, "softmax_scale"), (rope, "rope_frequencies"), (mtp, "shifted"), (mtp, "module"),
         (mtp, "predicts_within_document"), (step, "move_bias"), (step, "objective"), (step, "batch_totals"),
-        (step, "gradients"), (objective, "depth_losses"), (objective, "run_model"),
+        (step, "gradients"), (step, "sum_over_batch"), (step, "reduced"), (objective, "depth_losses"), (objective, "run_model"),
     ]
 }  # fmt: skip
 
@@ -43,22 +44,23 @@ def count_padding(indices, valid, n_experts):
 
 def gradients_with_last_counts(state, batch, hyper, config, controller, n_domains, placement=None):
     """The load of the last micro-batch with tokens alone, as if each had overwritten the counter."""
-    grads, terms = sound[step, "gradients"](state, batch, hyper, config, controller, n_domains)
+    grads, terms = sound[step, "gradients"](state, batch, hyper, config, controller, n_domains, placement)
     last = jax.tree.map(lambda a: a[-1:], batch)
-    return grads, terms._replace(load_LE=sound[step, "gradients"](state, last, hyper, config, controller, n_domains)[1].load_LE)
+    load_LE = sound[step, "gradients"](state, last, hyper, config, controller, n_domains, placement)[1].load_LE
+    return grads, terms._replace(load_LE=load_LE)
 
 
 def gradients_with_bias_moved_per_micro_batch(state, batch, hyper, config, controller, n_domains, placement=None):
     for i in range(batch["tokens"].shape[0]):
         one = jax.tree.map(lambda a, i=i: a[i : i + 1], batch)
-        grads, terms = sound[step, "gradients"](state, one, hyper, config, controller, n_domains)
+        grads, terms = sound[step, "gradients"](state, one, hyper, config, controller, n_domains, placement)
         bias = sound[step, "move_bias"](state.bias, terms.load_LE, hyper.bias_update_speed, config, controller)
         state = state._replace(bias=bias)
-    return sound[step, "gradients"](state, batch, hyper, config, controller, n_domains)
+    return sound[step, "gradients"](state, batch, hyper, config, controller, n_domains, placement)
 
 
 def count_twice_when_recomputing(params, bias_LE, batch, config, summary, extras_L, placement=None):
-    main, depths, layers = sound[objective, "run_model"](params, bias_LE, batch, config, summary, extras_L)
+    main, depths, layers = sound[objective, "run_model"](params, bias_LE, batch, config, summary, extras_L, placement)
     return main, depths, layers if config.model.remat == "none" else (2 * layers[0], *layers[1:])
 
 
@@ -78,6 +80,42 @@ def bfloat16_bias(bias_E, load_E, speed):
 
 def sign_with(move_bias):
     return lambda: balance.Controller(move_bias=move_bias, loss=balance.sequence_loss, alpha=1e-4)
+
+
+# 3: the mesh ----------------------------------------------------------------------------------------------------------
+
+
+def counts_of_one_rank(tree, placement):
+    """Each rank's own counts, of which the first rank's are kept; losses are summed as they should be."""
+    whole = sound[step, "sum_over_batch"](tree, placement)
+    if placement is None or not hasattr(tree, "load_LE"):
+        return whole
+    first = jnp.where(jax.lax.axis_index(BATCH_AXES) == 0, tree.load_LE, 0)
+    return whole._replace(load_LE=sound[step, "sum_over_batch"](first, placement))
+
+
+def counts_of_one_expert_group(tree, placement):
+    """Summed over the expert ranks, but not over the replicas beside them."""
+    whole = sound[step, "sum_over_batch"](tree, placement)
+    if placement is None or not hasattr(tree, "load_LE"):
+        return whole
+    first = jnp.where(jax.lax.axis_index("data") == 0, tree.load_LE, 0)
+    return whole._replace(load_LE=sound[step, "sum_over_batch"](first, placement))
+
+
+def averaged_over_ranks(gradients, specs, placement):
+    whole = sound[step, "reduced"](gradients, specs, placement)
+    return jax.tree.map(lambda g: g / placement.batch_ranks, whole) if placement else whole
+
+
+def totals_of_one_rank(field):
+    """A term divided by the rank's own total and so counted once for every rank."""
+
+    def faulty(batch, config, placement=None):
+        whole, own = (sound[step, "batch_totals"](batch, config, p) for p in (placement, None))
+        return whole._replace(**{field: getattr(own, field)})
+
+    return faulty
 
 
 # 5, 6, 7, 9, 10: the router -------------------------------------------------------------------------------------------
@@ -198,8 +236,8 @@ def module_without_shift(params, bias_E, hidden, embedding, context, config):
 
 def uninitialised_head(params, batch, hidden, config, placement=None):
     fresh = 0.006 * jax.random.normal(jax.random.key(3), params["lm_head"].shape)
-    main = sound[objective, "depth_losses"](params, batch, hidden[:1], config)
-    own = sound[objective, "depth_losses"](params | {"lm_head": fresh}, batch, hidden, config)
+    main = sound[objective, "depth_losses"](params, batch, hidden[:1], config, placement)
+    own = sound[objective, "depth_losses"](params | {"lm_head": fresh}, batch, hidden, config, placement)
     return [*main, *own[1:]]
 
 
@@ -263,22 +301,22 @@ def scaled_share(term):
             "balance": {"sequences_L": own.sequences_L},
         }
         changed = totals._replace(**fixed[term])
-        return sound[step, "objective"](params, bias_LE, batch, changed, mtp_weight, config, controller, n_domains)
+        return sound[step, "objective"](params, bias_LE, batch, changed, mtp_weight, config, controller, n_domains, placement)
 
     return faulty
 
 
 def mtp_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains, placement=None):
     """The value is right, the gradient of MTP's term is scaled by the number of micro-batches."""
-    args = (config, controller, n_domains)
+    args = (config, controller, n_domains, placement)
     loss, terms = sound[step, "objective"](params, bias_LE, batch, totals, mtp_weight, *args)
     excess = loss - sound[step, "objective"](params, bias_LE, batch, totals, 0 * mtp_weight, *args)[0]
     return loss + excess - jax.lax.stop_gradient(excess), terms
 
 
 def balance_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains, placement=None):
-    loss, terms = sound[step, "objective"](params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains)
+    loss, terms = sound[step, "objective"](params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains, placement)
     excess = loss - sound[step, "objective"](
-        params, bias_LE, batch, totals, mtp_weight, config, controller._replace(alpha=0.0), n_domains
+        params, bias_LE, batch, totals, mtp_weight, config, controller._replace(alpha=0.0), n_domains, placement
     )[0]
     return loss + excess - jax.lax.stop_gradient(excess), terms
