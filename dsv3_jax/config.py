@@ -289,13 +289,18 @@ class DataConfig:
     fim_rate: float = 0.1
     punctuation_split_rate: float = 0.1  # share of merged punctuation+newline tokens split again; not disclosed
     shuffle_windows: int = 4096  # packed windows are permuted within blocks of so many; 1: left in the order of packing
+    data_streams: int = 1  # independent streams of documents that a batch's rows come from; many hosts need several
     holdout_fraction: float = 0.05
     eval_sequences: int = 128  # most held-out sequences that one validation reads
     data_seed: int = 0
 
     def __post_init__(self) -> None:
         require(self.seq_len > 1, f"seq_len: expected at least 2, got {self.seq_len}")
-        _require_positive(self, "eval_sequences", "shuffle_windows")
+        _require_positive(self, "eval_sequences", "shuffle_windows", "data_streams")
+        require(
+            self.shuffle_windows == 1 or self.data_streams <= self.shuffle_windows,
+            f"data_streams: expected at most shuffle_windows={self.shuffle_windows}, got {self.data_streams}",
+        )
         cap = self.domain_bytes
         require(cap is None or cap > 0, f"domain_bytes: expected null or > 0, got {cap}")
         for name in ("fim_rate", "punctuation_split_rate"):

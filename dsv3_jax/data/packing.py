@@ -106,13 +106,16 @@ class ShuffledWindows(Iterator[Window]):
         return window
 
 
-def stack(windows: Sequence[Window], shape: tuple[int, int], seq_len: int, pad: int) -> dict[str, Int32[np.ndarray, "A B S"]]:
-    """A batch of `shape` [A, B] rows; rows beyond the windows are padding."""
+def stack(
+    windows: Sequence[Window | None], shape: tuple[int, int], seq_len: int, pad: int
+) -> dict[str, Int32[np.ndarray, "A B S"]]:
+    """A batch of `shape` [A, B] rows; a row without a window, and those beyond the last, are padding."""
     rows, size = shape[0] * shape[1], seq_len + 1
     assert len(windows) <= rows, (len(windows), shape)
     fills = {"tokens": pad, "segment_ids": 0, "domain_ids": 0}
     batch = {name: np.full((rows, size), fill, np.int32) for name, fill in fills.items()}
     for row, window in enumerate(windows):
-        for name in fills:
-            batch[name][row] = getattr(window, name)
+        if window is not None:
+            for name in fills:
+                batch[name][row] = getattr(window, name)
     return {name: array.reshape(*shape, size) for name, array in batch.items()}

@@ -1,7 +1,7 @@
 """From a configuration to batches [§4.1]: documents shuffled anew each epoch, FIM, packed windows, held-out batches."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,21 +44,38 @@ class Data:
         """Numbers of the documents that training sees."""
         return np.flatnonzero(~self.store.held_out)
 
-    def train_batches(self, train: TrainConfig, start_state: dict[str, Any] | None = None) -> "TrainBatches":
-        """Endless batches of `train.batch_size` sequences; from `start_state` on if given (`TrainBatches.get_state`)."""
-        documents = (
-            grain.MapDataset.source(self.train_documents)
-            .seed(self.config.data_seed)
-            .shuffle()
-            .repeat()
-            .map_with_index(lambda position, index: self._prepared(int(index), position // len(self.train_documents)))
-        )
-        stream = WindowIterator(documents, self.config.seq_len, self.tokenizer.pad)
-        windows = ShuffledWindows(stream, self.config.shuffle_windows, self.config.data_seed)
-        batches = TrainBatches(windows, train, self.config.seq_len, self.tokenizer.pad)
+    def train_batches(
+        self, train: TrainConfig, start_state: dict[str, Any] | None = None, rows: Sequence[int] | None = None
+    ) -> "TrainBatches":
+        """Endless batches of `train.batch_size` sequences; from `start_state` on if given (`TrainBatches.get_state`).
+
+        Row b of each micro-batch of B rows comes from stream b * data_streams // B. With `rows` (ascending) only those rows
+        are made, and only their streams' documents read.
+
+        Raises ValueError if the rows do not divide among the streams, or a stream has no document.
+        """
+        batches = TrainBatches(self._stream, self.config.data_streams, train, rows, self.config.seq_len, self.tokenizer.pad)
         if start_state is not None:
             batches.set_state(start_state)
         return batches
+
+    def _stream(self, number: int) -> ShuffledWindows:
+        """Every `data_streams`-th document from number `number` on, in an order of its own."""
+        n_streams, seed = self.config.data_streams, self.config.data_seed
+        own = self.train_documents[number::n_streams]
+        if not len(own):
+            raise ValueError(f"data_streams: expected at most {len(self.train_documents)}, a document each, got {n_streams}")
+        if n_streams > 1:
+            seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        documents = (
+            grain.MapDataset.source(own)
+            .seed(seed)
+            .shuffle()
+            .repeat()
+            .map_with_index(lambda position, index: self._prepared(int(index), position // len(own)))
+        )
+        windows = WindowIterator(documents, self.config.seq_len, self.tokenizer.pad)
+        return ShuffledWindows(windows, max(1, self.config.shuffle_windows // n_streams), seed)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """Held-out batches [1, batch_size, S]; no FIM, no split tokens. The last one is filled up with padding."""
@@ -123,28 +140,61 @@ class Data:
 
 
 class TrainBatches(Iterator[Batch]):
-    """Batches of packed windows; the state is the windows' (small, JSON-able)."""
+    """Batches of packed windows; the state is that of the streams read here (small, JSON-able)."""
 
-    def __init__(self, windows: ShuffledWindows, train: TrainConfig, seq_len: int, pad: int):
-        self._windows, self._seq_len, self._pad = windows, seq_len, pad
-        self._batch_size = train.batch_size
-        self._shape = (train.n_micro_batches, train.batch_size // train.n_micro_batches)
+    def __init__(
+        self,
+        stream: Callable[[int], ShuffledWindows],
+        n_streams: int,
+        train: TrainConfig,
+        rows: Sequence[int] | None,
+        seq_len: int,
+        pad: int,
+    ):
+        self._seq_len, self._pad, self._n_streams = seq_len, pad, n_streams
+        self._batch_size, self._n_micro = train.batch_size, train.n_micro_batches
+        self._n_rows = train.batch_size // train.n_micro_batches
+        if self._n_rows % n_streams:
+            name = "batch_size" if train.micro_batch_size is None else "micro_batch_size"
+            raise ValueError(f"data_streams: expected a divisor of {name}={self._n_rows}, got {n_streams}; change one of them")
+        self._rows = range(self._n_rows) if rows is None else rows
+        self._stream_of = [row * n_streams // self._n_rows for row in self._rows]
+        self._streams = {number: stream(number) for number in sorted(set(self._stream_of))}
 
     def __next__(self) -> Batch:
         return self.next_batch(self._batch_size)
 
     def next_batch(self, n_sequences: int) -> Batch:
-        """A batch of the usual shape with `n_sequences` windows in it (batch-size ramp); the rows after them are padding."""
+        """A batch of the usual shape with `n_sequences` windows in it (batch-size ramp); the rows after them are padding.
+
+        Rows are filled micro-batch by micro-batch, whichever of them are made here.
+        """
         if not 0 < n_sequences <= self._batch_size:
             raise ValueError(f"next_batch: expected 1..batch_size={self._batch_size} sequences, got {n_sequences}")
-        windows = [next(self._windows) for _ in range(n_sequences)]
-        return stack(windows, self._shape, self._seq_len, self._pad)
+        windows = [
+            next(self._streams[number]) if micro * self._n_rows + row < n_sequences else None
+            for micro in range(self._n_micro)
+            for row, number in zip(self._rows, self._stream_of, strict=True)
+        ]
+        return stack(windows, (self._n_micro, len(self._rows)), self._seq_len, self._pad)
 
     def get_state(self) -> dict[str, Any]:
-        return self._windows.get_state()
+        """The one stream's, or under `streams` one for each: null for those that are not read here."""
+        states = [self._streams[n].get_state() if n in self._streams else None for n in range(self._n_streams)]
+        return {"streams": states} if self._n_streams > 1 else states[0] or {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._windows.set_state(state)
+        states = state["streams"] if self._n_streams > 1 else [state]
+        for number, stream in self._streams.items():
+            stream.set_state(states[number])
+
+
+def merged_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state with every stream's, of several readers' `get_state` that leave out what they do not read."""
+    if "streams" not in states[0]:
+        return dict(states[0])
+    read = zip(*(state["streams"] for state in states), strict=True)
+    return {"streams": [next(state for state in of_one if state is not None) for of_one in read]}
 
 
 def build_data(data: DataConfig, vocab_size: int) -> Data:
