@@ -1,6 +1,7 @@
 """The Linen shell: declares parameters with their logical axes, and the balance collection; calls the pure functions."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -95,22 +96,29 @@ def init_variables(config: ModelConfig, seed: int = 0) -> Variables:
     Drawn on the host, each parameter from a stream keyed by the seed and its own path: the same numbers on every device,
     mesh and JAX release, and no compilation of a generator for each shape (which took longer than the draw by far).
     """
+    params = draw_parameters(config, seed, lambda _, values, dtype: jnp.asarray(values, dtype))
+    return Variables(params, initial_bias(config))
+
+
+def draw_parameters(
+    config: ModelConfig, seed: int, put: Callable[[tuple[Any, ...], Float[np.ndarray, "..."], Any], Any]
+) -> dict[str, Any]:
+    """A tree of `put(path, values, dtype)`, one float32 parameter on the host at a time."""
     spec = model_spec(config)
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
         names = [key.key for key in path]
         declared: Any = spec
         for name in names:
             declared = declared[name]
         if declared.init == "ones":
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return put(path, np.ones(leaf.shape, np.float32), leaf.dtype)
         stream = np.random.default_rng([seed, zlib.crc32("/".join(names).encode())])
         values = stream.standard_normal(leaf.shape, np.float32)
         values *= config.initializer_range
-        return jnp.asarray(values, leaf.dtype)
+        return put(path, values, leaf.dtype)
 
-    abstract = abstract_variables(config)
-    return Variables(jax.tree_util.tree_map_with_path(draw, abstract.params), initial_bias(config))
+    return jax.tree_util.tree_map_with_path(draw, abstract_variables(config).params)
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.moe.dispatch import make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import Placement, varying, varying_like
-from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT
+from dsv3_jax.parallel.mesh import EXPERT
 
 Weights = Mapping[str, Float[Array, "E _ _"]]  # a rank's own experts
 Local = Callable[[Array, Array, Array, Weights], Array]  # (x [C, D], expert [C, 1], gates [C, 1], weights) -> y [C, D]
@@ -131,7 +131,7 @@ def ragged(ranks: int, capacity: int) -> Exchange:
     def give_back(rows_C: Array, rows_R: Array, start_P: Array, queues: Queues, r: Array) -> Array:
         rank, (first_SP, size_SP, place_SP) = lax.axis_index(EXPERT), windows(queues, r)
         place_S, size_S = (lax.dynamic_index_in_dim(a, rank, 1, keepdims=False) for a in (place_SP, size_SP))
-        start_SP = lax.all_gather(start_P, EXPERT)  # where each sender's rows for this rank begin
+        start_SP = _before(queues.count_SP, 1)  # where each sender's rows for each receiver begin
         target_S = lax.dynamic_index_in_dim(start_SP + first_SP, rank, 1, keepdims=False)
         returned_P = lax.dynamic_index_in_dim(size_SP, rank, 0, keepdims=False)
         return lax.ragged_all_to_all(rows_C, rows_R, place_S, size_S, target_S, returned_P, axis_name=EXPERT)
@@ -177,7 +177,7 @@ def _route(indices_NK: Array, n_own: int, placement: Placement) -> _Route:
     n_tokens, top_k = indices_NK.shape
     capacity = buffer_rows(n_tokens, top_k, ranks, ranks * n_own, placement.parallel.exchange_buffer)
     exchange = kind(ranks, capacity)
-    n_rounds = lax.pmax(varying(exchange.rounds(queues), BATCH_AXES), BATCH_AXES)
+    n_rounds = lax.pmax(varying(exchange.rounds(queues), placement.batch_axes), placement.batch_axes)
     return _Route(plan.token_R, plan.choice_R, plan.row_NK, plan.start_E[::n_own], queues, n_rounds, exchange)
 
 

@@ -23,7 +23,7 @@ from dsv3_jax.model.spec import Spec
 from dsv3_jax.parallel.mesh import BATCH_AXES, LAYOUTS, TENSOR
 from dsv3_jax.parallel.rules import Dims, compute_dims, map_specs, partition_spec, state_dims
 
-BATCH_SPEC = PartitionSpec(None, BATCH_AXES)  # [micro-batches, sequences, ...]
+BATCH_SPEC = PartitionSpec(None, BATCH_AXES)  # as `Placement.batch_spec`, for any mesh
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,24 @@ class Placement:
         return self.mesh.shape
 
     @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The axes that divide the sequences of a micro-batch. Those of one rank are left out: a sum over them is a copy."""
+        return tuple(axis for axis in BATCH_AXES if self.sizes[axis] > 1)
+
+    @property
+    def batch_spec(self) -> PartitionSpec:
+        """How a batch lies: [micro-batches, sequences, ...]."""
+        return PartitionSpec(None, self.batch_axes)
+
+    @property
     def batch_ranks(self) -> int:
         """Devices among which the sequences of a micro-batch are divided."""
         return self.mesh.size // self.sizes[TENSOR]
+
+    @property
+    def tensor_axis(self) -> str | None:
+        """The axis that divides heads, widths and the vocabulary, if any does."""
+        return TENSOR if self.sizes[TENSOR] > 1 else None
 
     @property
     def platform(self) -> str:
@@ -79,17 +94,18 @@ def varying(tree: Any, axes: Any) -> Any:
 
 def sum_over_tensor(x: Array, placement: Placement | None) -> Array:
     """The sum of the tensor ranks' partial products."""
-    return x if placement is None else lax.psum(x, TENSOR)
+    return lax.psum(x, placement.tensor_axis) if placement and placement.tensor_axis else x
 
 
 def sum_over_batch(tree: Any, placement: Placement | None) -> Any:
     """Sums over the ranks that hold different sequences: what turns a share into the whole batch's value."""
-    return tree if placement is None else jax.tree.map(lambda a: lax.psum(varying(a, BATCH_AXES), BATCH_AXES), tree)
+    axes = placement.batch_axes if placement else ()
+    return jax.tree.map(lambda a: lax.psum(varying(a, axes), axes), tree) if axes else tree
 
 
 def own_copies(params: Any, placement: Placement | None) -> Any:
     """Parameters whose gradients stay the device's own, until `reduced` sums them."""
-    return params if placement is None else varying(params, BATCH_AXES)
+    return varying(params, placement.batch_axes) if placement else params
 
 
 def gathered(params: Any, specs: Any, placement: Placement | None, dtype: str) -> Any:
@@ -104,8 +120,10 @@ def gathered(params: Any, specs: Any, placement: Placement | None, dtype: str) -
         stored, compute = placement.stored_dims(name, spec), compute_dims(name, spec, placement.sizes)
         if stored != compute and "router" not in spec.axes:
             weight = weight.astype(dtype)
+        # One axis after the other: XLA turns a gather over all axes of a torus at once into an all-reduce, twice the bytes.
         for i, axes in enumerate(_added(stored, compute)):
-            weight = lax.all_gather(weight, axes, axis=i, tiled=True) if axes else weight
+            for axis in reversed(axes):
+                weight = lax.all_gather(weight, axis, axis=i, tiled=True)
         return weight
 
     return _with_specs(gather, specs, params)
@@ -119,8 +137,9 @@ def reduced(gradients: Any, specs: Any, placement: Placement | None) -> Any:
     def reduce(name: str, spec: Spec, gradient: Array) -> Array:
         stored, state = placement.stored_dims(name, spec), state_dims(name, spec, placement.sizes)
         for i, axes in enumerate(_added(state, stored)):
-            gradient = lax.psum_scatter(gradient, axes, scatter_dimension=i, tiled=True) if axes else gradient
-        whole = tuple(axis for axis in BATCH_AXES if not any(axis in dim for dim in state))
+            for axis in axes:
+                gradient = lax.psum_scatter(gradient, axis, scatter_dimension=i, tiled=True)
+        whole = tuple(axis for axis in placement.batch_axes if not any(axis in dim for dim in state))
         return lax.psum(gradient, whole) if whole else gradient
 
     return _with_specs(reduce, specs, gradients)
@@ -128,7 +147,7 @@ def reduced(gradients: Any, specs: Any, placement: Placement | None) -> Any:
 
 def lookup(table_VD: Float[Array, "V D"], tokens: Int[Array, "B T"], placement: Placement | None) -> Float[Array, "B T D"]:
     """Rows of a table whose rows are divided among the tensor ranks: each gives its own, and zeros for the others'."""
-    if placement is None:
+    if placement is None or placement.tensor_axis is None:
         return table_VD[tokens]
     n_own = table_VD.shape[0]
     own = tokens - lax.axis_index(TENSOR) * n_own

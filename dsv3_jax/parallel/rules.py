@@ -41,7 +41,7 @@ Dims = tuple[tuple[str, ...], ...]  # for each dimension, the mesh axes that it 
 
 
 def compute_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Mapping[str, str | None] = RULES) -> Dims:
-    """Mesh axes of each dimension of one parameter, by the table.
+    """Mesh axes of each dimension of one parameter, by the table; an axis of one rank divides nothing and is left out.
 
     Raises ValueError, naming the parameter and the axis, if a mesh axis is used twice or does not divide its dimension.
     """
@@ -60,7 +60,7 @@ def compute_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Mapping
                 f"{name}: {logical} of {size} does not divide over mesh axis {axis!r} of {sizes[axis]}; "
                 f"set mesh_{axis} to a divisor of {size}"
             )
-        dims.append((axis,))
+        dims.append((axis,) if sizes[axis] > 1 else ())
     return tuple(dims)
 
 

@@ -1,8 +1,8 @@
 """Checkpoints [§4.2]: complete or absent, written in the background, exact to the bit, refused by another config.
 
-A checkpoint is a folder `<step>` of three items: `state` (arrays), `ema` (host arrays) and `meta` (JSON: config, tokens
-seen, position in the data). Orbax writes it under a temporary name and renames it when all of it is there; an older one is
-removed only after that.
+A checkpoint is a folder `<step>` of three items: `state` (arrays), `ema` (arrays) and `meta` (JSON: config, tokens seen,
+position in the data). Orbax writes it under a temporary name and renames it when all of it is there; an older one is removed
+only after that. Arrays are stored whole, whatever mesh they lay on: every process writes and reads its own devices' pieces.
 """
 
 import dataclasses
@@ -13,11 +13,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
 from dsv3_jax.config import Config
 from dsv3_jax.settings import SECTIONS, from_dict, to_dict
-from dsv3_jax.training.ema import Ema
+from dsv3_jax.training.ema import Ema, Pieces, whole_average
 
 # What a resumed run may set anew: none of them changes a bit of what is computed.
 FREE_ON_RESUME = {"checkpoint_every", "keep_checkpoints", "eval_every", "nonfinite_limit", "cache_dir"}
@@ -32,7 +34,7 @@ class Progress(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    state: Any  # tree of device arrays
+    state: Any  # tree of arrays, on one device or on a mesh
     ema: Ema | None
     progress: Progress
 
@@ -85,7 +87,7 @@ class Checkpoints:
         meta = {"config": to_dict(self.config), "progress": checkpoint.progress._asdict(), "ema": ema and ema.n_updates}
         items = {"state": ocp.args.StandardSave(checkpoint.state), "meta": ocp.args.JsonSave(meta)}
         if ema:
-            items["ema"] = ocp.args.StandardSave(ema.average)
+            items["ema"] = ocp.args.StandardSave(whole_average(ema))
         self._guarded("written", lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def wait(self) -> None:
@@ -93,7 +95,9 @@ class Checkpoints:
         self._guarded("written", self._manager.wait_until_finished)
 
     def restore(self, state: Any, ema: Ema | None) -> Checkpoint:
-        """The newest checkpoint, in the shapes and dtypes of `state` (arrays or jax.ShapeDtypeStruct) and `ema`.
+        """The newest checkpoint, in the shapes, dtypes and shardings of `state` (arrays or jax.ShapeDtypeStruct) and `ema`.
+
+        Without a sharding an array goes to this process' first device.
 
         Raises ValueError if it is of another config or damaged (an older one is never taken silently instead).
         """
@@ -106,12 +110,14 @@ class Checkpoints:
             raise ValueError(
                 f"{self.folder} holds a run of another config: {'; '.join(changes)}; undo that or take another --workdir"
             )
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        arrays = {"state": ocp.args.StandardRestore(shapes)}
+        arrays = {"state": ocp.args.StandardRestore(jax.tree.map(_placed, state))}
         if ema:
-            arrays["ema"] = ocp.args.StandardRestore(ema.average)
+            arrays["ema"] = ocp.args.StandardRestore(jax.tree.map(_host_or_placed, ema.average))
         restored = self._guarded("read", lambda: self._manager.restore(step, args=ocp.args.Composite(**arrays)))
-        return Checkpoint(restored.state, ema and Ema(restored.ema, meta["ema"]), Progress(**meta["progress"]))
+        if ema:
+            average = jax.tree.map(lambda a: Pieces.of(a) if isinstance(a, jax.Array) else a, restored.ema)
+            ema = Ema(average, meta["ema"])
+        return Checkpoint(restored.state, ema, Progress(**meta["progress"]))
 
     def _guarded(self, action: str, call: Any) -> Any:
         """`call()`; whatever the storage library raises becomes one line."""
@@ -125,6 +131,15 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoint {folder} is damaged ({reason}); remove that folder to go on from the one before it"
             ) from error
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _host_or_placed(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding) if isinstance(leaf, Pieces) else leaf
 
 
 def _reason(error: Exception) -> str:

@@ -3,33 +3,34 @@
 workdir/run.json        config, versions, corpus and its SHA-256, differences from the published recipe
 workdir/metrics.jsonl   one object a step        workdir/routing.bin   expert counts and router bias of every step
 workdir/checkpoints/    complete or absent       workdir/validation.json, validation_load.npy   at the end
+
+Of several processes each computes, reads its own rows' documents, writes its part of a checkpoint; process 0 writes the rest.
 """
 
+import contextlib
 import json
-import os
-import signal
-import threading
-import time
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from dsv3_jax.config import Config
-from dsv3_jax.data.pipeline import Data, build_data
+from dsv3_jax.data.pipeline import Data, build_data, merged_states
+from dsv3_jax.parallel.arrays import batch_to_mesh, rows_by_process, told_by_all, told_by_first
+from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.settings import override
 from dsv3_jax.training import schedules
 from dsv3_jax.training.checkpoint import Checkpoint, Checkpoints, Progress
+from dsv3_jax.training.console import Bar, Interrupt, Stop
 from dsv3_jax.training.ema import Ema, init_ema, update_ema
 from dsv3_jax.training.evaluate import Validation, validate
 from dsv3_jax.training.header import describe, header_lines
 from dsv3_jax.training.journal import Journal, finite, write_json
-from dsv3_jax.training.step import Hyper, TrainState, abstract_state, init_state, make_eval_step, make_train_step
+from dsv3_jax.training.placed import abstract_placed, averaged_params, check_placement, first_state, micro_rows, placement_of
+from dsv3_jax.training.step import Hyper, TrainState, make_eval_step, make_train_step
 
 
 class Result(NamedTuple):
@@ -70,42 +71,36 @@ def train(
     Raises ValueError (bad config or data, a run is there and `resume` is not given, a checkpoint of another config or a
     damaged one), OSError (disk) and FloatingPointError (`nonfinite_limit` steps in a row without a finite gradient).
     """
-    workdir = Path(workdir)
-    if not resume and any((workdir / name).exists() for name in ("run.json", "checkpoints")):
+    workdir, first = Path(workdir), jax.process_index() == 0
+    holds = not resume and any((workdir / name).exists() for name in ("run.json", "checkpoints"))
+    if any(told_by_all(holds)):  # asked of all: process 0 may be ahead, and writing there already
         raise ValueError(f"{workdir} holds a run already; add --resume to continue it, or take another --workdir")
-    _require_memory(config)
+    placement = placement_of(config)
+    check_placement(config, placement)
     workdir.mkdir(parents=True, exist_ok=True)
     data = build_data(config.data, config.model.vocab_size)
+    feed = Feed(config, data, placement)
     compiled_steps(config, len(data.domains))  # what somebody else's function gets wrong is said before anything is written
     with Checkpoints(workdir / "checkpoints", config) as checkpoints:
-        start = _start(config, checkpoints)
+        start = _start(config, placement, checkpoints)
         if start.progress.step > 0:
             _require_same_text(workdir, data)
-        if start.progress.step < schedules.total_steps(config):
-            (workdir / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
-        run = describe(config, list(data.domains), data.summary)
-        write_json(workdir / "run.json", run)
-        if header:
-            print("\n".join(header_lines(run)), flush=True)
-        with Journal(workdir, config.model.n_moe_layers, config.model.n_routed_experts, start.progress.step) as journal:
-            end, interrupted = _run(config, data, start, checkpoints, journal, progress, step_limit)
-        checkpoints.save(end)
+        run = describe(config, list(data.domains), data.summary, placement)
+        journal: Any = contextlib.nullcontext()
+        if first:
+            if start.progress.step < schedules.total_steps(config):
+                (workdir / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
+            write_json(workdir / "run.json", run)
+            if header:
+                print("\n".join(header_lines(run)), flush=True)
+            journal = Journal(workdir, config.model.n_moe_layers, config.model.n_routed_experts, start.progress.step)
+        with journal as opened:
+            end, interrupted = _run(config, feed, start, checkpoints, opened, progress and first, step_limit)
+        checkpoints.save(_with_all_streams(end))
         checkpoints.wait()
     finished = end.progress.step == run["total_steps"]
-    validation = _final_validation(config, data, end, workdir) if finished else None
+    validation = _final_validation(config, feed, end, workdir) if finished else None
     return Result(end.state, end.ema, end.progress.step, validation, interrupted)
-
-
-def _require_memory(config: Config) -> None:
-    """Raises ValueError if parameters and optimiser state alone are more than the device holds."""
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(config)))
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    limit = limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > limit:
-        raise ValueError(
-            f"parameters and optimiser state take {needed / 1e9:,.0f} GB, this device holds {limit / 1e9:,.0f} GB; "
-            "take a smaller --preset or smaller sizes"
-        )
 
 
 def _require_same_text(workdir: Path, data: Data) -> None:
@@ -122,7 +117,8 @@ def _require_same_text(workdir: Path, data: Data) -> None:
 
 @lru_cache(maxsize=4)
 def _compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
-    return make_train_step(config, n_domains), make_eval_step(config, n_domains)
+    placement = placement_of(config)
+    return make_train_step(config, n_domains, placement), make_eval_step(config, n_domains, placement)
 
 
 def compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
@@ -131,6 +127,7 @@ def compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
         "seed": 0, "data_seed": 0, "steps": 1, "ema_decay": 0.0, "ema_every": 1,
         "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 0, "nonfinite_limit": 1, "warmup_steps": 0,
         "learning_rate": 1.0, "bias_update_speed": 0.0, "mtp_loss_weight": 0.0, "mtp_loss_weight_late": 0.0,
+        "data_streams": 1,
     }  # fmt: skip
     return _compiled_steps(override(config, host_only), n_domains)
 
@@ -145,15 +142,49 @@ def master_weights(state: TrainState) -> Any:
     return state.params if state.opt_state.master is None else state.opt_state.master
 
 
-def _start(config: Config, checkpoints: Checkpoints) -> Checkpoint:
+class Feed:
+    """Batches as the compiled steps take them: NumPy for one device, arrays of the mesh with each process' own rows."""
+
+    def __init__(self, config: Config, data: Data, placement: Placement | None):
+        self.config, self.data, self.placement = config, data, placement
+        self._n_rows = micro_rows(config)
+        shares = None if placement is None else rows_by_process(placement, self._n_rows)
+        self._rows = range(self._n_rows) if shares is None else shares[jax.process_index()].tolist()
+        self.batches = data.train_batches(config.train, rows=self._rows)
+
+    def _put(self, batch: Any, rows: Any) -> Any:
+        return batch if self.placement is None else batch_to_mesh(batch, rows, self._n_rows, self.placement)
+
+    def next_batch(self, n_sequences: int) -> Any:
+        return self._put(self.batches.next_batch(n_sequences), self._rows)
+
+    def scores(self, eval_step: Any, params: Any, bias: Any) -> Validation:
+        """Held-out text is little: every process reads all of it, and computes its rows."""
+        every = range(self._n_rows)
+        batches = (self._put(batch, every) for batch in self.data.eval_batches(self._n_rows))
+        return validate(eval_step, params, bias, batches, self.data.domains, eval_bytes(self.data))
+
+
+def _start(config: Config, placement: Placement | None, checkpoints: Checkpoints) -> Checkpoint:
     """The newest checkpoint, or step 0."""
-    like = abstract_state(config)
-    ema = init_ema(like.params) if config.train.ema_decay else None
-    if checkpoints.latest() is not None:
+    like = abstract_placed(config, placement)
+    ema = init_ema(like.opt_state.mu) if config.train.ema_decay else None  # of the parameters' shapes, in the moments' pieces
+    latest = told_by_all(checkpoints.latest())
+    if len(set(latest)) > 1:
+        raise ValueError(
+            f"{checkpoints.folder}: the processes see different checkpoints {latest}; put it on a disk that all share"
+        )
+    if latest[0] is not None:
         return checkpoints.restore(like, ema)
-    # committed to the device as restored arrays are: a fresh and a resumed run compile the same program
-    state = jax.device_put(init_state(config), jax.local_devices()[0])
-    return Checkpoint(state, ema, Progress(step=0, tokens=0, data_state=None))
+    return Checkpoint(first_state(config, placement), ema, Progress(step=0, tokens=0, data_state=None))
+
+
+def _with_all_streams(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the position of every stream, of whichever process reads it."""
+    progress = checkpoint.progress
+    if jax.process_count() == 1 or progress.data_state is None:
+        return checkpoint
+    return checkpoint._replace(progress=progress._replace(data_state=merged_states(told_by_all(progress.data_state))))
 
 
 def _hyper(config: Config, progress: Progress, total: int) -> dict[str, float]:
@@ -167,54 +198,58 @@ def _hyper(config: Config, progress: Progress, total: int) -> dict[str, float]:
 
 def _run(
     config: Config,
-    data: Data,
+    feed: Feed,
     start: Checkpoint,
     checkpoints: Checkpoints,
-    journal: Journal,
+    journal: Journal | None,
     show: bool,
     step_limit: int | None,
 ) -> tuple[Checkpoint, bool]:
     """The steps after `start`. The host writes down a step, and fetches the next batch, while the device is at work."""
     train, total, n_steps = config.train, schedules.total_tokens(config), schedules.total_steps(config)
     last = min(n_steps, step_limit or n_steps)
-    train_step, eval_step = compiled_steps(config, len(data.domains))
+    train_step, eval_step = compiled_steps(config, len(feed.data.domains))
     (state, ema, progress), pending = start, None
-    batches = data.train_batches(train, start_state=progress.data_state)
+    if progress.data_state is not None:
+        feed.batches.set_state(progress.data_state)
     skipped = _Skipped(train.nonfinite_limit, int(state.skipped_in_row), int(state.skipped_total))
 
     def sequences_after(tokens: int) -> int:
         return schedules.batch_sequences(train, tokens, total)
 
-    with _Interrupt() as interrupt, _Bar(n_steps, progress.step, show) as bar:
+    with Interrupt() as interrupt, Bar(n_steps, progress.step, show) as bar:
+        stop = Stop(interrupt, feed.placement, several=jax.process_count() > 1)
 
         def settle(done: Done | None) -> None:
             """Wait for `done` and write it down."""
             if done is not None:
-                record, load, bias = _record(done, data.domains, skipped, bar.seconds())
-                journal.write(record, load, bias)
+                record, load, bias = _record(done, feed.data.domains, skipped, bar.seconds())
+                if journal is not None:
+                    journal.write(record, load, bias)
                 bar.show(record)
                 skipped.check(record)
 
-        batch = batches.next_batch(sequences_after(progress.tokens)) if progress.step < last else None
-        while progress.step < last and not interrupt.asked:
-            hyper, data_state = _hyper(config, progress, total), batches.get_state()
+        batch = feed.next_batch(sequences_after(progress.tokens)) if progress.step < last else None
+        while progress.step < last and not stop.agreed():
+            stop.vote()
+            hyper, data_state = _hyper(config, progress, total), feed.batches.get_state()
             sequences = sequences_after(progress.tokens)
             state, metrics = train_step(state, batch, Hyper(*(jnp.float32(x) for x in hyper.values())))
             progress = Progress(progress.step + 1, progress.tokens + sequences * config.data.seq_len, data_state)
             settle(pending)
             pending = Done(progress.step, progress.tokens, sequences, hyper, metrics, jnp.copy(state.bias))
             if progress.step < last:
-                batch = batches.next_batch(sequences_after(progress.tokens))
+                batch = feed.next_batch(sequences_after(progress.tokens))
             if ema is not None and progress.step % train.ema_every == 0:
                 ema = update_ema(ema, master_weights(state), train.ema_decay)
             if train.eval_every and progress.step % train.eval_every == 0:
-                pending = pending._replace(validation=_scores(config, data, eval_step, state.params, state.bias).scores)
+                pending = pending._replace(validation=feed.scores(eval_step, state.params, state.bias).scores)
             if progress.step % train.checkpoint_every == 0:
                 settle(pending)  # first the record, then the checkpoint: no checkpoint is ahead of its records
                 pending = None
-                checkpoints.save(Checkpoint(state, ema, progress))
+                checkpoints.save(_with_all_streams(Checkpoint(state, ema, progress)))
         settle(pending)
-        return Checkpoint(state, ema, progress), interrupt.asked
+        return Checkpoint(state, ema, progress), any(told_by_all(interrupt.asked))
 
 
 def _record(done: Done, domains: Any, skipped: "_Skipped", seconds: float) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
@@ -245,25 +280,21 @@ def _record(done: Done, domains: Any, skipped: "_Skipped", seconds: float) -> tu
     return record, metrics["load"], bias
 
 
-def _scores(config: Config, data: Data, eval_step: Any, params: Any, bias: Any) -> Validation:
-    rows = config.train.micro_batch_size or config.train.batch_size
-    return validate(eval_step, params, bias, data.eval_batches(rows), data.domains, eval_bytes(data))
-
-
-def _final_validation(config: Config, data: Data, end: Checkpoint, workdir: Path) -> dict[str, Any]:
+def _final_validation(config: Config, feed: Feed, end: Checkpoint, workdir: Path) -> dict[str, Any]:
     """Scores of the raw and of the averaged weights; computed once, as nothing about a finished run can change."""
-    path = workdir / "validation.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    _, eval_step = compiled_steps(config, len(data.domains))
+    path, first = workdir / "validation.json", jax.process_index() == 0
+    known = told_by_first(json.loads(path.read_text()) if first and path.exists() else None)
+    if known is not None:
+        return known
+    _, eval_step = compiled_steps(config, len(feed.data.domains))
     state, bias = end.state, end.state.bias
-    raw = _scores(config, data, eval_step, state.params, bias)
-    validation = {"step": end.progress.step, "eval_bytes": eval_bytes(data), "raw": raw.scores}
+    raw = feed.scores(eval_step, state.params, bias)
+    validation = {"step": end.progress.step, "eval_bytes": eval_bytes(feed.data), "raw": raw.scores}
     if end.ema is not None and end.ema.n_updates:
-        averaged = jax.tree.map(lambda a, p: jnp.asarray(a, p.dtype), end.ema.average, state.params)
-        validation["ema"] = _scores(config, data, eval_step, averaged, bias).scores
-    np.save(workdir / "validation_load.npy", raw.domain_load_LME)
-    write_json(path, validation)
+        validation["ema"] = feed.scores(eval_step, averaged_params(end.ema, state), bias).scores
+    if first:
+        np.save(workdir / "validation_load.npy", raw.domain_load_LME)
+        write_json(path, validation)
     return validation
 
 
@@ -282,55 +313,3 @@ class _Skipped:
                 f"step {record['step']}: {' and '.join(record['nonfinite'])} not finite; {self.in_row} updates in a row "
                 "skipped (nonfinite_limit), the last good checkpoint is kept"
             )
-
-
-class _Bar:
-    """Progress bar: loss, tokens per second, time left; and the clock of a step."""
-
-    def __init__(self, n_steps: int, done: int, show: bool):
-        self._bar = tqdm(total=n_steps, initial=done, disable=not show, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self._last = time.perf_counter()
-        self._rate: float | None = None  # tokens per second, smoothed
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.close()
-
-    def seconds(self) -> float:
-        """Wall time since the last call."""
-        last, self._last = self._last, time.perf_counter()
-        return self._last - last
-
-    def show(self, record: dict[str, Any]) -> None:
-        state = {"loss": "skipped" if record["nonfinite"] else f"{record['loss']:.3f}"}
-        if record["skipped"]:
-            state["skipped"] = f"{record['skipped']} ({'+'.join(record['nonfinite']) or 'none now'})"
-        rate = record["targets"] / max(record["seconds"], 1e-6)
-        # the first step's time is compilation, so it starts no average
-        self._rate = rate if self._rate is None or self._bar.n < 2 else 0.9 * self._rate + 0.1 * rate
-        state["tok/s"] = f"{self._rate:,.0f}"
-        self._bar.set_postfix(state, refresh=False)
-        self._bar.update()
-
-
-class _Interrupt:
-    """Ctrl-C asks for an orderly stop after the step; a second one stops at once. Only the main thread can listen."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "_Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,7 +18,6 @@ from dsv3_jax.model.transformer import Hidden, Summary, forward, head, make_cont
 from dsv3_jax.moe.balance import Controller, Scope, count_load
 from dsv3_jax.moe.router import Routing
 from dsv3_jax.parallel.collectives import Placement, sum_over_batch, varying_like
-from dsv3_jax.parallel.mesh import TENSOR
 from dsv3_jax.training.loss import chunk_length, cross_entropy
 
 Batch = Mapping[str, Int[Array, "B S"]]  # tokens, segment_ids, domain_ids; S = inputs and the last target
@@ -117,9 +116,8 @@ def depth_losses(
 ) -> list[tuple[Array, Array]]:
     """(sum over targets, nats [B, T] with 0 where there is none) of each depth; `hidden` holds every depth's normed states."""
     weight_VD = head(params, config.model, placement).astype(hidden[0].dtype)
-    vocab_axis = None if placement is None else TENSOR
-    if vocab_axis:  # before `custom_vjp`: so each rank's gradient of its rows stays its own
-        weight_VD = varying_like(hidden, weight_VD)
+    vocab_axis = placement.tensor_axis if placement else None
+    weight_VD = varying_like(hidden, weight_VD)  # before `custom_vjp`: so a rank's gradient is of its own rows
     batch_size, length, _ = hidden[0].shape
     chunk = chunk_length(batch_size, length, weight_VD.shape[0], config.train.loss_chunk_elements)
     losses = []

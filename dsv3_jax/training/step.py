@@ -18,7 +18,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.module import Variables, abstract_variables, init_variables, model_spec
 from dsv3_jax.moe.balance import Controller, controller_of, count_load, max_violation
 from dsv3_jax.moe.router import Routing, check_router
-from dsv3_jax.parallel.collectives import BATCH_SPEC, Placement, own_copies, reduced, sum_over_batch, varying_like
+from dsv3_jax.parallel.collectives import Placement, own_copies, reduced, sum_over_batch, varying_like
 from dsv3_jax.parallel.rules import state_specs
 from dsv3_jax.training.objective import (
     Terms,
@@ -75,7 +75,7 @@ def make_train_step(
 ) -> Callable[[TrainState, MicroBatches, Hyper], tuple[TrainState, Metrics]]:
     """The compiled step; its first argument is donated.
 
-    With a `placement` the state lies as `state_shardings` says, before and after, and the batch as `BATCH_SPEC`.
+    With a `placement` the state lies as `state_shardings` says, before and after, and the batch as `placement.batch_spec`.
 
     Raises ValueError if a controller, score function or selector cannot be loaded or does not keep to its signature.
     """
@@ -176,7 +176,7 @@ def gradients(
     if placement is None:
         return local(*arguments)
     spec, nowhere = model_spec(config.model), PartitionSpec()
-    in_specs = placement.stored_specs(spec), nowhere, BATCH_SPEC, nowhere
+    in_specs = placement.stored_specs(spec), nowhere, placement.batch_spec, nowhere
     out_specs = state_specs(spec, placement.sizes), nowhere
     return jax.shard_map(local, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs)(*arguments)
 
@@ -258,5 +258,5 @@ def make_eval_step(
     if placement is None:
         return jax.jit(evaluate)
     nowhere = PartitionSpec()
-    in_specs = placement.stored_specs(model_spec(config.model)), nowhere, BATCH_SPEC
+    in_specs = placement.stored_specs(model_spec(config.model)), nowhere, placement.batch_spec
     return jax.jit(jax.shard_map(evaluate, mesh=placement.mesh, in_specs=in_specs, out_specs=nowhere))

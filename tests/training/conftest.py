@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3_jax.config import Config
-from dsv3_jax.training import loop
+from dsv3_jax.training import loop, placed
 from oracles.micro import micro_config
 
 
@@ -25,7 +25,7 @@ class Reference(NamedTuple):
 @pytest.fixture(scope="session", autouse=True)
 def initial_states_computed_once():
     """A dozen runs of these tests begin with the same parameters; compiling their initialiser takes longer than a run."""
-    plain, known = loop.init_state, {}
+    plain, known = placed.init_state, {}
 
     def init_state(config):
         key = (config.model, config.train.seed, config.train.moment_dtype)
@@ -35,7 +35,7 @@ def initial_states_computed_once():
         return jax.tree.map(jnp.array, known[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "init_state", init_state)
+        patch.setattr(placed, "init_state", init_state)
         yield
 
 

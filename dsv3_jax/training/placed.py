@@ -1,0 +1,125 @@
+"""A run's state and weights on its mesh [§3.2]: what fits, the first state, and how arrays lie. No placement: one device."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from dsv3_jax.config import Config
+from dsv3_jax.model.module import draw_parameters
+from dsv3_jax.parallel.arrays import check_batch, check_streams, to_mesh, zeros_on_mesh
+from dsv3_jax.parallel.collectives import Placement
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.training.ema import Ema, whole_average
+from dsv3_jax.training.step import TrainState, abstract_state, init_state, state_shardings
+
+
+def placement_of(config: Config) -> Placement | None:
+    """The mesh of `config.parallel` over all devices; None where it is one device.
+
+    Raises ValueError, one line, if it does not multiply to the devices, or leaves a process without work.
+    """
+    mesh = make_mesh(config)
+    if mesh.size == 1 and jax.process_count() > 1:
+        raise ValueError(
+            f"layout {config.parallel.layout} uses one device, got {jax.process_count()} processes with "
+            f"{jax.device_count()} devices; set layout=report or fully_sharded"
+        )
+    return Placement(mesh, config.parallel) if mesh.size > 1 else None
+
+
+def micro_rows(config: Config) -> int:
+    """Sequences of a micro-batch."""
+    return config.train.micro_batch_size or config.train.batch_size
+
+
+def check_placement(config: Config, placement: Placement | None) -> None:
+    """Raises ValueError, one line, if the mesh does not divide the batch, the data or a parameter, or memory is too small."""
+    if placement is not None:
+        check_batch(placement, micro_rows(config), "micro_batch_size" if config.train.micro_batch_size else "batch_size")
+        if jax.process_count() > 1:
+            check_streams(placement, micro_rows(config), config.data.data_streams)
+    _require_memory(config, placement)
+
+
+def _require_memory(config: Config, placement: Placement | None) -> None:
+    """Raises ValueError if parameters and optimiser state alone are more than a device holds."""
+
+    def size(leaf: Any, sharding: Any) -> int:
+        return int(np.prod(sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+
+    like, device = abstract_state(config), jax.local_devices()[0]
+    sizes = jax.tree.map(size, like, shardings_of(config, placement))
+    needed, limit = sum(jax.tree.leaves(sizes)), (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:  # its memory is the host's, which other devices of the mesh share
+        sharing = 1 if placement is None else jax.local_device_count()
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / sharing
+    if needed > limit:
+        each = "this device" if placement is None else f"each of {placement.mesh.size} devices"
+        larger = "" if placement is None else ", or more devices"
+        raise ValueError(
+            f"parameters and optimiser state take {needed / 1e9:,.0f} GB, {each} holds {limit / 1e9:,.0f} GB; "
+            f"take a smaller --preset or smaller sizes{larger}"
+        )
+
+
+def shardings_of(config: Config, placement: Placement | None) -> Any:
+    """A TrainState of shardings. Raises ValueError, naming the parameter and the axis, where a mesh axis does not divide."""
+    if placement is not None:
+        return state_shardings(config, placement)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda _: here, abstract_state(config))
+
+
+def abstract_placed(config: Config, placement: Placement | None) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+
+    def described(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(described, abstract_state(config), shardings_of(config, placement))
+
+
+def first_state(config: Config, placement: Placement | None) -> TrainState:
+    """`init_state`, the same numbers; on a mesh every process draws a parameter and keeps its devices' pieces of it."""
+    if placement is None:
+        # committed to the device as restored arrays are: a fresh and a resumed run compile the same program
+        return jax.device_put(init_state(config), jax.local_devices()[0])
+    like = abstract_placed(config, placement)
+    has_masters = like.opt_state.master is not None
+    shardings = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(like.opt_state.mu)}
+    stored = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(like.params)}
+
+    def put(path: tuple[Any, ...], values: np.ndarray, dtype: Any) -> tuple[Any, Any]:
+        # a master starts as the parameter that it stands for, rounded
+        rounded = values.astype(dtype)
+        param = to_mesh(rounded, stored[path])
+        return param, to_mesh(rounded, shardings[path], np.float32) if has_masters else None
+
+    pairs = draw_parameters(config.model, config.train.seed, put)
+    is_pair = dict(is_leaf=lambda node: isinstance(node, tuple))
+    zeros = jax.tree.map(lambda leaf: zeros_on_mesh(leaf.shape, leaf.dtype, leaf.sharding), like)
+    master = jax.tree.map(lambda pair: pair[1], pairs, **is_pair) if has_masters else None
+    opt_state = zeros.opt_state._replace(master=master)
+    return zeros._replace(params=jax.tree.map(lambda pair: pair[0], pairs, **is_pair), opt_state=opt_state)
+
+
+def averaged_params(ema: Ema, state: TrainState) -> Any:
+    """The average as parameters: in their dtype, lying as they do."""
+
+    def put(average: Any, p: Any) -> Any:
+        if isinstance(p.sharding, SingleDeviceSharding):
+            return jnp.asarray(average, p.dtype)
+        return to_mesh(average, p.sharding, p.dtype)
+
+    if jax.process_count() == 1:
+        return jax.tree.map(put, ema.average, state.params)
+    shardings = jax.tree.map(lambda p: p.sharding, state.params)
+
+    def rounded(arrays: Any) -> Any:
+        return jax.tree.map(lambda a, p: a.astype(p.dtype), arrays, state.params)
+
+    return jax.jit(rounded, out_shardings=shardings)(whole_average(ema))
