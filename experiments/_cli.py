@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from absl import app, flags, logging
 
 from dsv3_jax.config import Config
+from dsv3_jax.parallel import processes
 from dsv3_jax.presets import PRESETS, preset
 from dsv3_jax.settings import override, parse_settings
 
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 FAILED = 2
+
+_job: processes.Job | None = None  # what this process has to tell the others when it ends
 
 
 def define_config_flags() -> None:
@@ -34,6 +38,44 @@ def workdir_from_flags() -> str:
     return flags.FLAGS.workdir
 
 
+def define_process_flags() -> None:
+    flags.DEFINE_string("coordinator", None, "host:port of process 0; the same in every process of the job")
+    flags.DEFINE_integer("num_processes", None, "processes of the job")
+    flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
+    flags.DEFINE_bool("distributed", False, "instead of these three: ask Slurm or the TPU pod")
+    flags.DEFINE_float("peer_timeout", 30.0, "seconds of silence after which a process counts as gone and the others stop")
+
+
+def join_job(workdir: str) -> None:
+    """With the flags of a job of several processes: joins it. Raises ValueError (one line) if they do not say which."""
+    global _job
+    names = ("coordinator", "num_processes", "process_id")
+    missing = [f"--{name}" for name in names if getattr(flags.FLAGS, name) is None]
+    if flags.FLAGS.distributed:
+        if len(missing) < len(names):
+            raise ValueError("--distributed: expected alone, got --coordinator, --num_processes or --process_id beside it")
+        coordinator, n_processes, process = processes.detect()
+    elif len(missing) == len(names):
+        return
+    elif missing:
+        raise ValueError(f"{missing[0]}: expected together with the others of --coordinator, --num_processes and --process_id")
+    else:
+        coordinator, n_processes, process = (getattr(flags.FLAGS, name) for name in names)
+    if n_processes < 1:
+        raise ValueError(f"--num_processes: expected at least 1, got {n_processes}")
+    if n_processes > 1:
+        folder = os.path.join(workdir, "processes")
+        _job = processes.start(coordinator, n_processes, process, folder, flags.FLAGS.peer_timeout)
+
+
+def finish_job() -> None:
+    """Waits until every process of the job has come here."""
+    global _job
+    if _job is not None:
+        _job.finish()
+        _job = None
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Parse flags and call `main`. User errors end in one line on stderr and exit status 2, Ctrl-C in 130."""
 
@@ -45,10 +87,20 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             return main()
         except (ValueError, OSError, FloatingPointError) as error:
-            return _fail(str(error))
+            if _job is not None:
+                _job.blame(error)
+            _fail(str(error))
+            return _leave(str(error), FAILED)
         except KeyboardInterrupt:
             print("stopped at once; complete checkpoints stay", file=sys.stderr, flush=True)
+            _leave("stopped at once by Ctrl-C or SIGTERM", INTERRUPTED)
             os._exit(INTERRUPTED)  # without waiting for a checkpoint that is being written
+        except Exception as error:
+            if _job is None:
+                raise
+            _job.blame(error)
+            traceback.print_exc()
+            return _leave(f"{type(error).__name__}: {error}", 1)
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -57,6 +109,13 @@ def run(main: Callable[[], int | None]) -> None:
             sys.exit(_fail(str(error)))
 
     app.run(guarded, flags_parser=parse)
+
+
+def _leave(reason: str, status: int) -> int:
+    """`status`; of several processes this one ends here, for an orderly end would wait for the others."""
+    if _job is not None:
+        _job.leave(reason, status)
+    return status
 
 
 def _silence_failed_writers() -> None:

@@ -2,11 +2,17 @@
 
     python -m experiments.train --preset=quick --workdir=runs/quick [--resume] [--set=steps=500 --set=controller=none]
 
+On several hosts, in each of them, with a --workdir that all see:
+
+    python -m experiments.train ... --coordinator=host0:8476 --num_processes=2 --process_id=0    # 1 on the other
+    python -m experiments.train ... --distributed                                                # Slurm, TPU pods
+
 Time and results: experiments/README.md.
 """
 
 import sys
 
+import jax
 from absl import flags
 
 from dsv3_jax.analysis.report import write_report
@@ -15,16 +21,23 @@ from experiments import _cli
 
 
 def main() -> int:
-    workdir = _cli.workdir_from_flags()
-    result = train(_cli.config_from_flags(), workdir, resume=flags.FLAGS.resume)
+    workdir, config = _cli.workdir_from_flags(), _cli.config_from_flags()
+    _cli.join_job(workdir)
+    first = jax.process_index() == 0
+    result = train(config, workdir, resume=flags.FLAGS.resume)
+    _cli.finish_job()
     if result.interrupted:
-        print(f"stopped after step {result.step}, checkpoint saved; go on with the same command and --resume", file=sys.stderr)
+        if first:
+            how = "go on with the same command and --resume"
+            print(f"stopped after step {result.step}, checkpoint saved; {how}", file=sys.stderr)
         return _cli.INTERRUPTED
-    print(write_report(workdir))
+    if first:
+        print(write_report(workdir))
     return 0
 
 
 if __name__ == "__main__":
     _cli.define_config_flags()
+    _cli.define_process_flags()
     flags.adopt_module_key_flags(_cli)  # so that --help lists them
     _cli.run(main)
