@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The stamp is touched only after pip has succeeded: an interrupted install is started afresh by the next `make`.
 STAMP := $(VENV)/.installed
+AOT := $(VENV)/.installed-aot
 # One process a core compiles nearly twice as fast as one process with two threads: XLA compiles on a single thread.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10
 
@@ -38,7 +39,13 @@ train: $(STAMP)  ## train a small DeepSeek-V3 on real text (PRESET=quick WORKDIR
 test: $(STAMP)  ## the fast tests (under 12 minutes on 2 cores)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP)  ## the slow tests (under 50 minutes on 2 cores)
+# Apart from the environment's packages: wherever JAX finds libtpu it looks for TPUs, slowly and aloud.
+$(AOT): $(STAMP)
+	@echo "installing libtpu into $(VENV)/aot (once; for ahead-of-time compilation) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/aot libtpu
+	@touch $@
+
+test-slow: $(STAMP) $(AOT)  ## the slow tests (under 50 minutes on 2 cores)
 	$(PYTEST) -m slow
 
 lint: $(STAMP)  ## ruff and mypy

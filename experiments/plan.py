@@ -2,11 +2,13 @@
 
     python -m experiments.plan --preset=deepseek_v3_671b --chips=512 --chip=v5p --set=layout=fully_sharded \\
         --set=mesh_expert=64 --set=batch_size=512 --set=batch_size_start=512 [--mfu=0.4] [--schedule=all] [--out=runs/plan]
+    python -m experiments.plan --aot=tpu:v5p:8x8x8 --set=layout=fully_sharded ... [--out=runs/plan]
     python -m experiments.plan --receipts
 
 Seconds, without an accelerator. Prints tables of at most 100 columns, every figure an input or derived, then what was
-assumed; `--out` leaves `plan.json` and `plan.png`. `--receipts` derives DeepSeek-V3's published figures and sets them beside
-the sources'.
+assumed; `--out` leaves `plan.json` and `plan.png`. `--aot` also compiles the training step for that many chips (minutes, 4 GB
+of memory) and sets XLA's figures beside the planner's; it needs `pip install 'dsv3_jax[aot]'`. `--receipts` derives
+DeepSeek-V3's published figures and sets them beside the sources'.
 """
 
 from pathlib import Path
@@ -16,7 +18,7 @@ from absl import flags
 from dsv3_jax.analysis import plan_figure
 from dsv3_jax.analysis.figures import save
 from dsv3_jax.config import Config
-from dsv3_jax.planner import memory
+from dsv3_jax.planner import aot, memory
 from dsv3_jax.planner.chips import CHIPS, NUMBERS, Chip, chip_named
 from dsv3_jax.planner.plan import make_plan
 from dsv3_jax.planner.question import Question
@@ -24,6 +26,7 @@ from dsv3_jax.planner.receipts import Phases, Receipt, Run, receipts
 from dsv3_jax.planner.rows import Plan
 from dsv3_jax.planner.share import make_share
 from dsv3_jax.planner.table import render, render_receipts
+from dsv3_jax.planner.targets import topology
 from dsv3_jax.presets import PRESETS, preset
 from dsv3_jax.settings import override, parse_settings, to_dict
 from dsv3_jax.training.journal import write_json
@@ -63,6 +66,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("requests", 32, "sequences that a device serves at a time", flag_values=values)
     flags.DEFINE_float("output_tokens_per_second", None, "measured serving rate of a device", flag_values=values)
     flags.DEFINE_string("schedule", None, "pipeline schedule to list at mesh_pipe stages, or all", flag_values=values)
+    flags.DEFINE_string("aot", None, "compile for tpu:v5p:8x8x8, gpu:h100:64x8, ...; gives chips and chip", flag_values=values)
     flags.DEFINE_string("out", None, "folder for plan.json and plan.png", flag_values=values)
     flags.DEFINE_bool("receipts", False, "print the published figures, derived, and nothing else", flag_values=values)
 
@@ -91,9 +95,17 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         print(render_receipts(published_receipts(), PUBLISHED))
         return 0
     config = override(preset(values.preset), parse_settings(values.set))
-    chip, asked = chip_named(values.chip, values.chip_set), question(values)
+    target = topology(values.aot) if values.aot else None  # first: a GPU's compiler must come before JAX looks for GPUs
+    chip, asked = chip_named(values.aot.split(":")[1] if target else values.chip, values.chip_set), question(values)
+    if target:
+        asked = asked._replace(chips=len(target.devices))
     plan = make_plan(config, chip, asked)
-    print(render(plan))
+    print(render(plan), flush=True)
+    if target:
+        print(f"\ncompiling the step for {target.spec}, {len(target.devices)} devices: minutes ...", flush=True)
+        added = aot.sections(plan, aot.compile_step(config, target))
+        plan = Plan((*plan.sections, *added), (*plan.assumptions, *aot.reasons(added[0])))
+        print("\n" + render(Plan(aot.shortened(added), tuple(aot.reasons(added[0])))))
     if values.out:
         write(Path(values.out), config, chip, asked, plan)
         print(f"\nplan and figure: {Path(values.out) / 'plan.json'}, {Path(values.out) / 'plan.png'}")

@@ -1,6 +1,6 @@
 """Machines to compile for without owning one [§3.1]: TPU and GPU topologies, what a program needs of their memory, what fits.
 
-The compilers come with `pip install 'dsv3_jax[aot]'`: libtpu, and the CUDA plugin. A compilation for GPUs also takes ptxas.
+The compilers are libtpu (`pip install 'dsv3_jax[aot]'`) and, for GPUs, JAX's CUDA plugin and ptxas.
 """
 
 import importlib.util
@@ -77,8 +77,8 @@ _GPUS = {
 }
 
 _COMPILERS = {
-    "tpu": ("libtpu", ("libtpu",)),
-    "gpu": ("JAX's CUDA plugin", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")),
+    "tpu": ("libtpu", ("libtpu",), "'dsv3_jax[aot]'"),
+    "gpu": ("JAX's CUDA plugin", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "jax-cuda13-plugin jax-cuda13-pjrt"),
 }
 _SPEC = re.compile(r"(tpu|gpu):(\w+):(\d+(?:x\d+)+)")
 
@@ -93,9 +93,9 @@ def topology(spec: str) -> Target:
     Raises ValueError for a spec that names no machine, and where the compiler is not installed.
     """
     platform, chip, sizes = _read(spec)
-    compiler, modules = _COMPILERS[platform]
+    compiler, modules, packages = _COMPILERS[platform]
     if not any(map(_installed, modules)):
-        raise ValueError(f"target {spec}: expected {compiler}, which is not installed: pip install 'dsv3_jax[aot]'")
+        raise ValueError(f"target {spec}: expected {compiler}, which is not installed: pip install {packages}")
     _stay_on_cpu()
     options: dict[str, Any] = {}
     if platform == "gpu":
