@@ -27,11 +27,13 @@ def port_is_free(port: int) -> bool:
 
 
 def all_ended(folder: Path, processes: int) -> bool:
-    """Whether every process but process 0 has left its last word."""
+    """Whether every process but process 0 has left its last word, or been missed by one that has."""
     try:
-        return all(json.loads((folder / f"{i}.json").read_text())["ended"] for i in range(1, processes))
+        records = [json.loads((folder / f"{i}.json").read_text()) for i in range(processes)]
     except (OSError, ValueError):
         return False
+    missed = {i for record in records for i in record["gone"]}
+    return all(record["ended"] or i in missed for i, record in enumerate(records) if i > 0)
 
 
 def main(port: int, processes: int, heartbeat_timeout: int, folder: Path, patience: float) -> None:
@@ -42,7 +44,7 @@ def main(port: int, processes: int, heartbeat_timeout: int, folder: Path, patien
     except (ImportError, AttributeError):
         print("absent", flush=True)
         return
-    deadline = time.monotonic() + patience  # the service of a job that has just died may still be there
+    deadline = time.monotonic() + 2 * patience  # the service of a job that has just died may still be there
     while not port_is_free(port):
         if time.monotonic() > deadline:
             print(f"port {port} is in use; take another", flush=True)

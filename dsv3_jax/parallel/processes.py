@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 import jax
 
@@ -19,17 +18,19 @@ ARRIVAL = 300  # seconds that processes may come one after the other
 class Job:
     """This process' part in a job of several. Made by `start`."""
 
-    def __init__(self, heartbeats: Heartbeats, to_service: IO[str] | None):
-        self._heartbeats, self._to_service = heartbeats, to_service
+    def __init__(self, heartbeats: Heartbeats, outside: subprocess.Popen[str] | None):
+        self._heartbeats, self._service = heartbeats, outside
 
     def finish(self) -> None:
         """Waits for all processes to come here; from then on each may go on, or end, alone."""
         self._heartbeats.stop()
         jax.distributed.shutdown()
         self._heartbeats.end("finished")
-        if self._to_service is not None:
-            self._to_service.write("done")
-            self._to_service.close()
+        if self._service is not None:
+            try:
+                self._service.communicate("done", timeout=self._heartbeats.timeout)
+            except subprocess.TimeoutExpired:  # nobody needs it any more
+                self._service.kill()
 
     def leave(self, reason: str, status: int) -> None:
         """Ends this process at once, for a reason that the others will print. Waits for nothing: nobody may be there."""
@@ -102,18 +103,21 @@ def detect() -> tuple[str, int, int]:
     return address, n_processes, process
 
 
-def _start_service(port: int, n_processes: int, patience: int, folder: str | Path, timeout: float) -> IO[str] | None:
-    """The coordination service's input, once it is up; None if this JAX has none that runs alone."""
+def _start_service(
+    port: int, n_processes: int, patience: int, folder: str | Path, timeout: float
+) -> subprocess.Popen[str] | None:
+    """The coordination service, once it is up; None if this JAX has none that runs alone."""
     arguments = [port, n_processes, patience, Path(folder).absolute(), timeout + 5 * INTERVAL]
     # A session of its own: Ctrl-C in a terminal is for the processes that train. What its library logs is said here in a line.
     child = subprocess.Popen(
         [sys.executable, service.__file__, *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdout is not None
     said = child.stdout.readline().strip()
     if said == "up":
-        return child.stdin
+        return child
+    child.communicate()
     if said == "absent":
         return None
     raise ValueError(f"--coordinator: {said or 'the coordination service did not start'}")
