@@ -127,7 +127,7 @@ def _stop_all(gone: list[Gone]) -> None:
     """In the heartbeats' thread: the main one may be waiting, for ever, for who has gone."""
     who = " and ".join(map(str, gone))
     line = f"error: {who}; this process stops too: run the same command again with --resume in every process"
-    os.write(2, ("\n" + line + "\n" if sys.stderr.isatty() else line + "\n").encode())  # past any lock on the streams
+    os.write(2, f"\n{line}\n".encode())  # after a progress bar's unfinished line, and past any lock on the streams
     os._exit(GONE)
 
 
