@@ -113,7 +113,7 @@ def run_two_processes(folder: Path, *cell: str) -> dict[str, np.ndarray]:
         for i in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in running]
+        outputs = [process.communicate(timeout=900)[0] for process in running]
     finally:
         for process in running:
             process.kill()
