@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from dsv3_jax.parallel import coordinator as service
 from dsv3_jax.parallel.heartbeats import INTERVAL, Gone, Heartbeats
 
 GONE = 3  # exit status of a process that stops because another one has gone
-ARRIVAL = 300  # seconds that processes may come one after the other
+ABSENT = 2  # of one that waited in vain for the others at the start
+ARRIVAL = 300.0  # seconds that processes may come one after the other
 
 
 class Job:
@@ -51,7 +53,7 @@ def start(coordinator: str, n_processes: int, process: int, folder: str | Path, 
 
     A process that is not heard of for `timeout` seconds makes the others end with one line and status GONE.
 
-    Raises ValueError (one line) if the numbers make no job, or its processes do not find each other.
+    Raises ValueError (one line) if the numbers make no job. If its processes do not find each other, this one ends likewise.
     """
     if not 0 <= process < n_processes:
         raise ValueError(f"--process_id: expected 0..{n_processes - 1} of {n_processes} processes, got {process}")
@@ -65,6 +67,13 @@ def start(coordinator: str, n_processes: int, process: int, folder: str | Path, 
     heartbeats = Heartbeats(folder, process, n_processes, timeout)
     patience = int(10 * timeout)  # of JAX's own watch: it must never be the first, it aborts without a clear word
     outside = _start_service(int(port), n_processes, patience, folder, timeout) if process == 0 else None
+    alone = (
+        f"error: process {process} of {n_processes}: the others were not all there at {coordinator} within {ARRIVAL:g} s; "
+        "start every process with the same --coordinator, which all must reach"
+    )
+    alarm = threading.Timer(ARRIVAL, _end_with, (alone, ABSENT))
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -72,15 +81,12 @@ def start(coordinator: str, n_processes: int, process: int, folder: str | Path, 
             process,
             # process 0 opens a service in any case: where the real one is outside, one that nobody will ever ask
             coordinator_bind_address="127.0.0.1:0" if outside else None,
-            initialization_timeout=ARRIVAL,
+            initialization_timeout=int(2 * ARRIVAL),  # at which JAX aborts, so never the first either
             heartbeat_timeout_seconds=patience,
             shutdown_timeout_seconds=patience,
         )
-    except Exception as error:
-        raise ValueError(
-            f"process {process} of {n_processes}: the others were not all there at {coordinator} within {ARRIVAL} s "
-            f"({next(iter(str(error).splitlines()), '')[:200]}); start every process with the same --coordinator"
-        ) from error
+    finally:
+        alarm.cancel()
     heartbeats.start(_stop_all)
     return Job(heartbeats, outside)
 
@@ -94,7 +100,7 @@ def detect() -> tuple[str, int, int]:
         from jax._src.clusters import ClusterEnv  # nothing public tells without connecting
 
         address, n_processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, ARRIVAL
+            None, None, None, None, None, int(ARRIVAL)
         )
     except (ImportError, AttributeError, TypeError, KeyError, RuntimeError):
         address = n_processes = process = None
@@ -126,9 +132,12 @@ def _start_service(
 def _stop_all(gone: list[Gone]) -> None:
     """In the heartbeats' thread: the main one may be waiting, for ever, for who has gone."""
     who = " and ".join(map(str, gone))
-    line = f"error: {who}; this process stops too: run the same command again with --resume in every process"
+    _end_with(f"error: {who}; this process stops too: run the same command again with --resume in every process", GONE)
+
+
+def _end_with(line: str, status: int) -> None:
     os.write(2, f"\n{line}\n".encode())  # after a progress bar's unfinished line, and past any lock on the streams
-    os._exit(GONE)
+    os._exit(status)
 
 
 def _is_runtime_error(error: BaseException | None) -> bool:

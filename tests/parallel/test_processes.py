@@ -194,6 +194,19 @@ def test_slurms_variables_are_read_as_a_job(monkeypatch):
     assert address.startswith("node07:") and (n_processes, process) == (2, 1)
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_that_waits_in_vain_for_the_others_says_so_and_ends(tmp_path, process):
+    port = free_port()
+    program = (
+        f"from dsv3_jax.parallel import processes; processes.ARRIVAL = 2.0; "
+        f"processes.start('127.0.0.1:{port}', 2, {process}, {str(tmp_path)!r}, 30.0)"
+    )
+    with running([["-c", program]], devices=1) as job:
+        status, _, err = finish(job[0], timeout=60)
+    assert status == _cli.FAILED and len(err.strip().splitlines()) == 1, err
+    assert f"error: process {process} of 2: the others were not all there at 127.0.0.1:{port} within 2 s" in err
+
+
 def test_a_port_that_is_in_use_is_refused_in_one_line(monkeypatch, tmp_path):
     import socket
 
