@@ -278,6 +278,7 @@ def start_program(reference, workdir, *flags, before=()):
     """`experiments.train` with the reference's settings; it finds its programs compiled by the reference run."""
     env = {
         **os.environ,
+        "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),  # a program's key in the cache depends on it
         "JAX_COMPILATION_CACHE_DIR": str(reference.root / "compiled"),
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
