@@ -169,6 +169,7 @@ def test_what_one_process_finds_wrong_stops_both_with_its_reason(root, tmp_path)
 def test_flags_that_make_no_job_are_one_line_and_status_2(capsys, root, tmp_path, flags, message):
     if "preset" not in absl_flags.FLAGS:
         _cli.define_config_flags()
+    if "coordinator" not in absl_flags.FLAGS:  # another test of this process may have defined the others
         _cli.define_process_flags()
     given = set_flags({**micro_settings(root), **{name: str(value) for name, value in DIVISIBLE.items()}})
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
