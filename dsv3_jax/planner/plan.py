@@ -5,7 +5,7 @@ from typing import Literal
 from dsv3_jax.config import Config
 from dsv3_jax.model.count import count_parameters
 from dsv3_jax.model.flops import training_flops_per_token
-from dsv3_jax.parallel.mesh import PIPE
+from dsv3_jax.parallel.mesh import EXPERT, PIPE
 from dsv3_jax.parallel.schedules import SCHEDULES, Costs
 from dsv3_jax.planner import memory, serving, timing, wire
 from dsv3_jax.planner.assumptions import assumptions
@@ -189,7 +189,8 @@ def _serving(share: Share, chip: Chip, q: Question) -> Section:
     if model.n_main_moe_layers and share.devices > 1:
         link = chip.links[-1]
         experts = serving.experts_reached(model)
-        speed, layers = chip.link_bytes_per_second(link), model.num_hidden_layers
+        layers = model.num_hidden_layers
+        speed = chip.link_bytes_per_second(link) / wire.exchange_hops(chip, share.sizes[EXPERT])
         bound = serving.decode_bound(q.requests, experts, model.hidden_size, layers, speed)
         price = serving.dollars_per_million(q.requests * bound.tokens_per_second, q.dollars_per_hour)
         rows += [

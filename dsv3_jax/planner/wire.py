@@ -83,6 +83,11 @@ def _collective(share: Share, what: str, label: str, axis: str, whole: Number, p
         yield Traffic(what, label, axis, link, passes * size, 1)
 
 
+def exchange_hops(chip: Chip, ranks: int) -> Number:
+    """Links that a row crosses on the shortest way, on average: a quarter of each side of the ranks' own torus."""
+    return max(1.0, chip.torus_dims * ranks ** (1 / chip.torus_dims) / 4) if chip.torus_dims else 1
+
+
 def _exchange(share: Share, chip: Chip) -> Iterator[Traffic]:
     """Rows of tokens, and their gradients, between the ranks of the expert axis; in balance each goes to every rank alike."""
     ranks, model = share.sizes[EXPERT], share.config.model
@@ -91,7 +96,7 @@ def _exchange(share: Share, chip: Chip) -> Iterator[Traffic]:
     row = model.hidden_size * share.compute_bytes
     rows = share.micro_batches * model.n_moe_layers * share.rows
     near = share.in_node(EXPERT)
-    hops = max(1.0, chip.torus_dims * ranks ** (1 / chip.torus_dims) / 4) if chip.torus_dims else 1.0
+    hops = exchange_hops(chip, ranks)
     sizes = {
         "dispatch": DISPATCHES * row + DISPATCHED_GATES * FLOAT32,
         "combine": COMBINES * row + COMBINED_GATES * FLOAT32,

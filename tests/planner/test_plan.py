@@ -94,6 +94,11 @@ def test_the_published_mfu_on_the_published_chip_costs_the_published_hours():
     assert plan.value("serving", "decode") == pytest.approx(14.76e-3 * 7168 / 7000, rel=1e-3)
 
 
+def test_decoding_on_a_torus_pays_for_every_link_that_a_row_crosses():
+    exchange = 3 * 32 * 9 * 7168 / 600e9  # bytes of a channel, sequences, experts, channels; all links of a v5p
+    assert plan_of("v5p").value("serving", "decode") == pytest.approx(2 * 61 * exchange * 3)  # 64 ranks: three hops
+
+
 def test_links_of_the_time_are_those_of_the_traffic():
     for chip in ("v5p", "h800"):
         plan = plan_of(chip)

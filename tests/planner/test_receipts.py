@@ -109,6 +109,7 @@ def test_another_model_and_another_run_give_their_own_figures():
     assert other["total"] == 235_741_434_880 and other["active"] == 20_851_512_320
     assert other["flops"] / 1e9 == pytest.approx(155.30, abs=0.005)  # published as 155
     assert other["cache"] == 69_120 and other["over_gqa"] == pytest.approx(FOUND["over_gqa"] / 2)
+    assert micro_batches(RUN._replace(devices=1024)) == 240 and micro_batches(RUN._replace(pipe=8)) == 60
     twice = {r.key: r.value for r in receipts(RUN._replace(step_seconds=2 * RUN.step_seconds))}
     for key, factor in (("tokens_per_day", 0.5), ("hours_per_trillion", 2), ("mfu", 0.5), ("hours_measured", 2), ("hours", 1)):
         assert twice[key] == pytest.approx(factor * FOUND[key])
