@@ -13,7 +13,6 @@ import dsv3_jax.moe.layer as layer
 import dsv3_jax.moe.router as router
 import dsv3_jax.training.objective as objective
 import dsv3_jax.training.step as step
-from dsv3_jax.parallel.mesh import BATCH_AXES
 
 # The sound functions: a faulty copy must reach them while itself stands in their place.
 sound = {
@@ -90,7 +89,7 @@ def counts_of_one_rank(tree, placement):
     whole = sound[step, "sum_over_batch"](tree, placement)
     if placement is None or not hasattr(tree, "load_LE"):
         return whole
-    first = jnp.where(jax.lax.axis_index(BATCH_AXES) == 0, tree.load_LE, 0)
+    first = jnp.where(jax.lax.axis_index(placement.batch_axes) == 0, tree.load_LE, 0)
     return whole._replace(load_LE=sound[step, "sum_over_batch"](first, placement))
 
 
