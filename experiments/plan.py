@@ -1,25 +1,31 @@
 """What does a DeepSeek-V3 need on given chips: memory, communication, time, dollars? And do the published figures add up?
 
     python -m experiments.plan --preset=deepseek_v3_671b --chips=512 --chip=v5p --set=layout=fully_sharded \\
-        --set=mesh_expert=64 --set=batch_size=512 --set=batch_size_start=512 [--mfu=0.4] [--schedule=all] [--out=runs/plan]
+        --set=mesh_expert=64 --set=batch_size=512 --set=batch_size_start=512 [--mfu=0.4] [--out=runs/plan]
+    python -m experiments.plan --schedule=all --stages=16 --micro_batches=120 [--schedule_set=F=1.13 ...] [--out=runs/plan]
     python -m experiments.plan --aot=tpu:v5p:8x8x8 --set=layout=fully_sharded ... [--out=runs/plan]
     python -m experiments.plan --receipts
 
 Seconds, without an accelerator. Prints tables of at most 100 columns, every figure an input or derived, then what was
-assumed; `--out` leaves `plan.json` and `plan.png`. `--aot` also compiles the training step for that many chips (minutes, 4 GB
-of memory) and sets XLA's figures beside the planner's; it needs `pip install 'dsv3_jax[aot]'`. `--receipts` derives
-DeepSeek-V3's published figures and sets them beside the sources'.
+assumed; `--out` leaves `plan.json` and `plan.png`. `--schedule` simulates pipelines, and `--out` draws each of them.
+`--aot` also compiles the training step for that many chips (minutes, 4 GB of memory) and sets XLA's figures beside the
+planner's; it needs `pip install 'dsv3_jax[aot]'`. `--receipts` derives DeepSeek-V3's published figures and sets them beside
+the sources'.
 """
 
 from pathlib import Path
 
 from absl import flags
+from matplotlib.figure import Figure
 
-from dsv3_jax.analysis import plan_figure
+from dsv3_jax.analysis import plan_figure, schedule_figure
 from dsv3_jax.analysis.figures import save
 from dsv3_jax.config import Config
+from dsv3_jax.parallel.mesh import PIPE
+from dsv3_jax.parallel.schedules import SCHEDULES, Costs
 from dsv3_jax.planner import aot, memory
 from dsv3_jax.planner.chips import CHIPS, NUMBERS, Chip, chip_named
+from dsv3_jax.planner.pipelines import costs_of, timelines
 from dsv3_jax.planner.plan import make_plan
 from dsv3_jax.planner.question import Question
 from dsv3_jax.planner.receipts import Phases, Receipt, Run, receipts
@@ -65,14 +71,18 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("context", 4096, "tokens cached of a sequence that is served", flag_values=values)
     flags.DEFINE_integer("requests", 32, "sequences that a device serves at a time", flag_values=values)
     flags.DEFINE_float("output_tokens_per_second", None, "measured serving rate of a device", flag_values=values)
-    flags.DEFINE_string("schedule", None, "pipeline schedule to list at mesh_pipe stages, or all", flag_values=values)
+    flags.DEFINE_string("schedule", None, f"simulate {', '.join(SCHEDULES)} or all; --out draws them", flag_values=values)
+    flags.DEFINE_integer("stages", None, "of the schedules (default: mesh_pipe, or 8)", flag_values=values)
+    flags.DEFINE_integer("micro_batches", None, "of the schedules (default: 20, or two a stage)", flag_values=values)
+    flags.DEFINE_multi_string("schedule_set", [], f"name=value; any of {', '.join(Costs._fields)}", flag_values=values)
     flags.DEFINE_string("aot", None, "compile for tpu:v5p:8x8x8, gpu:h100:64x8, ...; gives chips and chip", flag_values=values)
     flags.DEFINE_string("out", None, "folder for plan.json and plan.png", flag_values=values)
     flags.DEFINE_bool("receipts", False, "print the published figures, derived, and nothing else", flag_values=values)
 
 
 def question(values: flags.FlagValues) -> Question:
-    return Question(**{name: getattr(values, name) for name in Question._fields})
+    given = {name: getattr(values, name) for name in Question._fields if name != "costs"}
+    return Question(**given, costs=costs_of(values.schedule_set))
 
 
 def published_receipts() -> tuple[Receipt, ...]:
@@ -80,14 +90,21 @@ def published_receipts() -> tuple[Receipt, ...]:
 
 
 def write(folder: Path, config: Config, chip: Chip, asked: Question, plan: Plan) -> None:
-    """`plan.json` and `plan.png`, each whole or not at all."""
+    """`plan.json`, `plan.png` and a figure of every schedule, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "plan.json", {"config": to_dict(config), "question": asked._asdict(), **plan.to_dict()})
+    question = asked._asdict() | {"costs": asked.costs._asdict()}
+    write_json(folder / "plan.json", {"config": to_dict(config), "question": question, **plan.to_dict()})
     title = f"{asked.chips} x {chip.name}, layout {config.parallel.layout}, remat {config.model.remat}"
-    figure = plan_figure.draw(plan, memory.causes(make_share(config, asked.chips)), chip.hbm_gib, title)
-    beside = folder / "plan.tmp.png"
+    share = make_share(config, asked.chips)
+    _write_figure(folder / "plan.png", plan_figure.draw(plan, memory.causes(share), chip.hbm_gib, title))
+    for timeline in timelines(share.sizes[PIPE], asked) if asked.schedule else ():
+        _write_figure(folder / f"schedule-{timeline.schedule.name}.png", schedule_figure.draw(timeline))
+
+
+def _write_figure(path: Path, figure: Figure) -> None:
+    beside = path.with_suffix(".tmp.png")
     save(figure, beside)
-    beside.replace(folder / "plan.png")
+    beside.replace(path)
 
 
 def main(values: flags.FlagValues = flags.FLAGS) -> int:
@@ -108,7 +125,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         print("\n" + render(Plan(aot.shortened(added), tuple(aot.reasons(added[0])))))
     if values.out:
         write(Path(values.out), config, chip, asked, plan)
-        print(f"\nplan and figure: {Path(values.out) / 'plan.json'}, {Path(values.out) / 'plan.png'}")
+        print(f"\nplan and figures: {values.out}")
     return 0
 
 

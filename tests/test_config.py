@@ -1,4 +1,5 @@
 """Configurations validate themselves."""
+
 import pytest
 
 from dsv3_jax.config import DataConfig, ModelConfig, RopeScaling, TrainConfig

@@ -136,7 +136,6 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-
 SLOW = {STEP, MESH, MESH_MICRO}
 
 

@@ -37,11 +37,9 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _scores(q: Array, k: Array, segments_BT: Array | None, scale: float, start: int, stop: int) -> Array:
-    """Masked scores of queries start..stop against keys 0..stop, float32 [B, G, Q, t, s]."""
-    scores = scale * jnp.einsum(
-        "bgqtc,bgsc->bgqts", q[:, :, :, start:stop], k[:, :, :stop], preferred_element_type=jnp.float32
-    )
+def _scores(q_: Array, k: Array, segments_BT: Array | None, scale: float, start: int, stop: int) -> Array:
+    """Masked scores of queries start..stop, which are `q_`, against keys 0..stop, float32 [B, G, Q, t, s]."""
+    scores = scale * jnp.einsum("bgqtc,bgsc->bgqts", q_, k[:, :, :stop], preferred_element_type=jnp.float32)
     index = jnp.arange(stop, dtype=jnp.int32)
     visible = (index[None, :] <= index[start:stop, None])[None]
     if segments_BT is not None:
@@ -52,13 +50,14 @@ def _scores(q: Array, k: Array, segments_BT: Array | None, scale: float, start: 
 def _forward(q: Array, k: Array, v: Array, segments_BT: Array | None, scale: float) -> tuple[Array, Any]:
     outs, lses = [], []
     for start, stop in _blocks(q.shape[3]):
-        scores = _scores(q, k, segments_BT, scale, start, stop)
+        q_ = q[:, :, :, start:stop]
+        if outs:  # One block after the other: XLA on TPUs would start all of them, and hold the scores of the whole square.
+            q_, outs[-1], lses[-1] = jax.lax.optimization_barrier((q_, outs[-1], lses[-1]))
+        scores = _scores(q_, k, segments_BT, scale, start, stop)
         peak = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         total = weights.sum(axis=-1, keepdims=True)
-        out = jnp.einsum(
-            "bgqts,bgsw->bgqtw", weights.astype(v.dtype), v[:, :, :stop], preferred_element_type=jnp.float32
-        )
+        out = jnp.einsum("bgqts,bgsw->bgqtw", weights.astype(v.dtype), v[:, :, :stop], preferred_element_type=jnp.float32)
         outs.append((out / total).astype(v.dtype))
         lses.append(peak + jnp.log(total))
     out, lse = (remat.name(jnp.concatenate(parts, axis=3), remat.ATTENTION) for parts in (outs, lses))
@@ -71,7 +70,8 @@ def _backward(scale: float, saved: Any, d_out: Array) -> tuple[Array, Array, Arr
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in _blocks(q.shape[3]):
         q_, d_out_, lse_, delta_ = (a[:, :, :, start:stop] for a in (q, d_out, lse, delta))
-        weights = jnp.exp(_scores(q, k, segments_BT, scale, start, stop) - lse_)
+        q_, d_out_, d_k, d_v = jax.lax.optimization_barrier((q_, d_out_, d_k, d_v))  # as above
+        weights = jnp.exp(_scores(q_, k, segments_BT, scale, start, stop) - lse_)
         d_weights = jnp.einsum("bgqtw,bgsw->bgqts", d_out_, v[:, :, :stop], preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - delta_) * scale).astype(q.dtype)
         d_q.append(jnp.einsum("bgqts,bgsc->bgqtc", d_scores, k[:, :, :stop]))

@@ -48,9 +48,7 @@ def _table_scale(yarn: RopeScaling | None) -> float:
     return 1.0 if yarn is None else yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
 
 
-def rope_tables(
-    positions_BT: Int[Array, "B T"], config: ModelConfig
-) -> tuple[Float[Array, "B T J"], Float[Array, "B T J"]]:
+def rope_tables(positions_BT: Int[Array, "B T"], config: ModelConfig) -> tuple[Float[Array, "B T J"], Float[Array, "B T J"]]:
     """cos and sin of position * omega_j, float32, J = qk_rope_head_dim / 2."""
     omega_J = jnp.asarray(rope_frequencies(config), jnp.float32)
     angle_BTJ = positions_BT.astype(jnp.float32)[:, :, None] * omega_J[None, None, :]

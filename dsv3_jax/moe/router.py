@@ -90,9 +90,7 @@ def _require_like(logits: Array, returned: Any, kind: str, name: str) -> None:
         raise ValueError(f"{kind}: {name!r} returned {dtype} {shape}, expected {logits.dtype} {logits.shape}")
 
 
-def gates(
-    scores: Float[Array, "*batch E"], indices: Int[Array, "*batch K"], config: ModelConfig
-) -> Float[Array, "*batch K"]:
+def gates(scores: Float[Array, "*batch E"], indices: Int[Array, "*batch K"], config: ModelConfig) -> Float[Array, "*batch K"]:
     """Eq. 13: the chosen experts' unbiased affinities, normalised if `norm_topk_prob`, scaled once."""
     # A masked sum instead of a gather: its gradient is elementwise, where a gather's would be a scatter.
     chosen = jnp.where(one_hot(indices, scores.shape[-1]), scores[..., None, :], 0.0).sum(axis=-1)
@@ -104,5 +102,3 @@ def gates(
 def one_hot(indices: Int[Array, "*batch K"], size: int) -> Array:
     """bool [*batch, K, size]: which expert (or group) each choice is."""
     return indices[..., None] == jnp.arange(size, dtype=indices.dtype).reshape((1,) * indices.ndim + (-1,))
-
-

@@ -121,9 +121,8 @@ def gathered(params: Any, specs: Any, placement: Placement | None, dtype: str) -
         if stored != compute and "router" not in spec.axes:
             weight = weight.astype(dtype)
         # One axis after the other: XLA turns a gather over all axes of a torus at once into an all-reduce, twice the bytes.
-        for i, axes in enumerate(_added(stored, compute)):
-            for axis in reversed(axes):
-                weight = lax.all_gather(weight, axis, axis=i, tiled=True)
+        for axis, i in reversed(_added(stored, compute)):
+            weight = lax.all_gather(weight, axis, axis=i, tiled=True)
         return weight
 
     return _with_specs(gather, specs, params)
@@ -136,9 +135,8 @@ def reduced(gradients: Any, specs: Any, placement: Placement | None) -> Any:
 
     def reduce(name: str, spec: Spec, gradient: Array) -> Array:
         stored, state = placement.stored_dims(name, spec), state_dims(name, spec, placement.sizes)
-        for i, axes in enumerate(_added(state, stored)):
-            for axis in axes:
-                gradient = lax.psum_scatter(gradient, axis, scatter_dimension=i, tiled=True)
+        for axis, i in _added(state, stored):
+            gradient = lax.psum_scatter(gradient, axis, scatter_dimension=i, tiled=True)
         whole = tuple(axis for axis in placement.batch_axes if not any(axis in dim for dim in state))
         return lax.psum(gradient, whole) if whole else gradient
 
@@ -155,10 +153,11 @@ def lookup(table_VD: Float[Array, "V D"], tokens: Int[Array, "B T"], placement: 
     return sum_over_tensor(jnp.where(is_own[:, :, None], table_VD[jnp.clip(own, 0, n_own - 1)], 0), placement)
 
 
-def _added(finer: Dims, coarser: Dims) -> list[tuple[str, ...]]:
-    """For each dimension, the axes by which `finer` cuts it beyond `coarser`."""
+def _added(finer: Dims, coarser: Dims) -> list[tuple[str, int]]:
+    """The axes by which `finer` is cut beyond `coarser`, and of which dimension, in the order of the cuts: innermost first."""
     assert all(f[: len(c)] == c for f, c in zip(finer, coarser, strict=True)), (finer, coarser)
-    return [f[len(c) :] for f, c in zip(finer, coarser, strict=True)]
+    cuts = {axis: i for i, (f, c) in enumerate(zip(finer, coarser, strict=True)) for axis in f[len(c) :]}
+    return [(axis, cuts[axis]) for axis in reversed(BATCH_AXES) if axis in cuts]
 
 
 def _with_specs(function: Any, specs: Any, tree: Any) -> Any:

@@ -31,12 +31,6 @@ RULES: dict[str, str | None] = {
     "expert_mlp": TENSOR,
 }
 
-# Where the state's further cuts fall: the first of these logical axes that divides. Never over layers, which are scanned.
-STATE_ORDER = (
-    "embed", "embed_pair", "q_lora", "kv_lora", "vocab", "mlp", "heads", "kv_heads", "head_dim", "expert_mlp", "experts",
-    "router",
-)  # fmt: skip
-
 Dims = tuple[tuple[str, ...], ...]  # for each dimension, the mesh axes that it is cut over, the slowest first
 
 
@@ -67,18 +61,16 @@ def compute_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Mapping
 def state_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Mapping[str, str | None] = RULES) -> Dims:
     """`compute_dims` cut further over every data axis that the parameter does not lie along yet.
 
-    An axis goes to the first dimension of STATE_ORDER that it divides. A gain, a vector, is left whole where nothing divides;
-    for a matrix that raises ValueError, naming it and the axis.
+    The innermost mesh axis cuts first, so that in a reduction what leaves a node is already summed and cut within it. It takes
+    the first dimension that it divides, whose pieces lie on end in memory; never the layers, which are scanned. A gain, a
+    vector, is left whole where nothing divides; for a matrix that raises ValueError, naming it and the axis.
     """
     dims = [list(dim) for dim in compute_dims(name, spec, sizes, rules)]
-    order = sorted(
-        (i for i, logical in enumerate(spec.axes) if logical in STATE_ORDER), key=lambda i: STATE_ORDER.index(spec.axes[i])
-    )
-    for axis in BATCH_AXES:
+    for axis in reversed(BATCH_AXES):
         if sizes[axis] == 1 or any(axis in dim for dim in dims):
             continue
         pieces = [math.prod(sizes[a] for a in dim) * sizes[axis] for dim in dims]
-        fitting = [i for i in order if spec.shape[i] % pieces[i] == 0]
+        fitting = [i for i, logical in enumerate(spec.axes) if logical != "layers" and spec.shape[i] % pieces[i] == 0]
         if fitting:
             dims[fitting[0]].append(axis)
         elif spec.init != "ones":

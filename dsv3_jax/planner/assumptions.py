@@ -1,6 +1,7 @@
 """What a plan takes for granted, in numbered sentences below its tables; those that do not concern a run are left out."""
 
 from dsv3_jax.parallel.mesh import EXPERT, LAYOUTS, PIPE
+from dsv3_jax.planner import pipelines
 from dsv3_jax.planner.chips import NUMBERS, Chip
 from dsv3_jax.planner.question import Question
 from dsv3_jax.planner.share import FLOAT32, Share
@@ -80,9 +81,7 @@ def _rates(share: Share, chip: Chip, asked: Question) -> list[str]:
         if share.config.model.compute_dtype == "float32"
         else "",
         "MFU counts the main model's causal FLOPs over the BF16 peak, as the ISCA'25 paper does." if asked.mfu else "",
-        "Schedules: the report's formulas for F = 1, B = 2, W = 1, F&B = 3; stages and micro-batches a device holds."
-        if asked.schedule
-        else "",
+        *(pipelines.assumptions(share.sizes[PIPE], asked) if asked.schedule else []),
         "Hours leave out restarts, evaluation and checkpoints, and take every step at the full batch.",
         "The price is an input, the report's for an H800 unless it is given.",
         "Serving: BF16 latents, replicated over tensor ranks; decoding is bound by FP8 dispatch and BF16 combine of every "

@@ -143,6 +143,8 @@ def _walk(scope: Scope, around: _Around) -> _Tally:
             _add_loop(tally, scope, instruction, around)
         elif opcode == "conditional":
             _add_branch(tally, scope, instruction, around)
+        elif '"emitter":' in instruction.attributes and "AllReduceScatterFusion" in instruction.attributes:
+            tally.collectives.append(_reduce_scatter(scope, instruction, around))
         elif opcode in ("fusion", "call", "async"):
             outermost = around.fusion or (instruction if opcode == "fusion" else None)
             tally.add(_walk(scope.called(instruction), around._replace(fusion=outermost)))
@@ -176,6 +178,13 @@ def _collective(scope: Scope, instruction: Instruction, kind: str, around: _Arou
         kind, dtype_of(operands[0]), sum(map(bytes_of, operands)), bytes_of(result),
         groups_of(instruction, scope.module.devices), around.times, around.dynamic, instruction.find(_OP_NAME),
     )  # fmt: skip
+
+
+def _reduce_scatter(scope: Scope, fusion: Instruction, around: _Around) -> Collective:
+    """TPU: a reduce-scatter of pieces that do not fill tiles is written as all-reduce and slice, fused, and runs as one."""
+    inner = _walk(scope.called(fusion), around).collectives
+    operands = sum(bytes_of(_operand(scope, fusion, index)) for index in range(len(fusion.names)))
+    return inner[0]._replace(kind="reduce-scatter", operand_bytes=operands, result_bytes=bytes_of(fusion.shape))
 
 
 def _add_loop(tally: _Tally, scope: Scope, loop: Instruction, around: _Around) -> None:

@@ -6,15 +6,14 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.count import count_parameters
 from dsv3_jax.model.flops import training_flops_per_token
 from dsv3_jax.parallel.mesh import EXPERT, PIPE
-from dsv3_jax.parallel.schedules import SCHEDULES, Costs
-from dsv3_jax.planner import memory, serving, timing, wire
+from dsv3_jax.planner import memory, pipelines, serving, timing, wire
 from dsv3_jax.planner.assumptions import assumptions
 from dsv3_jax.planner.chips import NUMBERS, UNITS, Chip
 from dsv3_jax.planner.parameters import cache_bytes_per_token, component_counts, stored_checkpoint
 from dsv3_jax.planner.question import Question, check
 from dsv3_jax.planner.rows import Number, Plan, Row, Section, figure
 from dsv3_jax.planner.share import COMPONENTS, Share, make_share
-from dsv3_jax.planner.work import executed, full_window_flops
+from dsv3_jax.planner.work import executed, full_window_flops, padding
 from dsv3_jax.training.schedules import total_tokens
 
 GIB, COUNTED = 2**30, ("parameters",)
@@ -34,7 +33,7 @@ def make_plan(config: Config, chip: Chip, question: Question) -> Plan:
         _time(share, chip, question),
         _cost(share, chip, question),
         _serving(share, chip, question),
-        *_schedules(share, question),
+        *([pipelines.section(share.sizes[PIPE], question)] if question.schedule else []),
     )
     return Plan(sections, assumptions(share, chip, question))
 
@@ -74,6 +73,7 @@ def _parameters(config: Config) -> Section:
 def _flops(share: Share) -> Section:
     model, length = share.config.model, share.config.data.seq_len
     work, useful = executed(share), timing.useful_flops(share)
+    tokens = timing.step_tokens(share) / share.devices
     rows = [
         figure("published", "useful, main model, causal", training_flops_per_token(model, length, mtp=False), "FLOP"),
         figure("full_window", "  if attention read the whole window", full_window_flops(model, length), "FLOP"),
@@ -86,8 +86,10 @@ def _flops(share: Share) -> Section:
         figure("other_repeated", "  others again", work.other_repeated, "FLOP"),
         figure("executed", "executed, all of it", work.total, "FLOP"),
         figure("useful_share", "  useful share of it", useful / work.total, "%"),
-        figure("device_step", "executed by a device in a step", work.total * timing.step_tokens(share) / share.devices, "FLOP"),
+        figure("device_step", "executed by a device in a step", work.total * tokens, "FLOP"),
     ]
+    if extra := padding(share):
+        rows.append(figure("buffers", "  if its experts multiplied whole buffers", (work.total + extra) * tokens, "FLOP"))
     return Section("flops", "FLOPs of a token in training", tuple(rows))
 
 
@@ -205,20 +207,3 @@ def _serving(share: Share, chip: Chip, q: Question) -> Section:
                    serving.dollars_per_million(q.output_tokens_per_second, q.dollars_per_hour), "$"),
         ]  # fmt: skip
     return Section("serving", "Serving", tuple(rows))
-
-
-def _schedules(share: Share, q: Question) -> tuple[Section, ...]:
-    """Pipeline schedules at as many stages as the mesh's pipe axis has ranks."""
-    if q.schedule is None:
-        return ()
-    stages, costs = share.sizes[PIPE], Costs()
-    names = list(SCHEDULES) if q.schedule == "all" else [q.schedule]
-    if stages < 2 or stages % 2:
-        raise ValueError(f"--schedule: expected an even number of stages, got {stages}; set mesh_pipe")
-    rows = []
-    for name in names:
-        method = SCHEDULES[name]
-        values = (method.bubble(stages, costs), method.parameters, method.activations(stages), method.devices(stages))
-        rows.append(Row(name, f"{name}: {method.formula}", values, ("",)))
-    columns = ("bubble", "parameters", "activations", "devices")
-    return (Section("schedules", f"Pipeline schedules, {stages} stages", tuple(rows), columns),)

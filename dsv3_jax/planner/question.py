@@ -3,7 +3,7 @@
 import math
 from typing import Literal, NamedTuple
 
-from dsv3_jax.parallel.schedules import SCHEDULES
+from dsv3_jax.parallel.schedules import SCHEDULES, UNIT, Costs
 
 
 class Question(NamedTuple):
@@ -15,7 +15,10 @@ class Question(NamedTuple):
     context: int = 4096  # tokens cached of a sequence that is served
     requests: int = 32  # sequences that a device serves at a time
     output_tokens_per_second: float | None = None  # of a device, where it has been measured
-    schedule: str | None = None  # pipeline schedule to list, or all
+    schedule: str | None = None  # pipeline schedule to simulate, or all
+    stages: int | None = None  # of it; None: the mesh's pipe axis
+    micro_batches: int | None = None
+    costs: Costs = UNIT
 
 
 def check(q: Question) -> None:

@@ -52,7 +52,7 @@ def _weights(share: Share) -> Iterator[Traffic]:
     for weight in share.weights:
         gather, scatter = _per_step(share, weight)
         whole = weight.state
-        for axis in reversed(weight.added):
+        for axis in weight.added:  # as the program gathers: the outermost axis first, while the pieces are small
             whole *= share.sizes[axis]
             gathered[axis] = gathered.get(axis, 0) + whole * gather
             scattered[axis] = scattered.get(axis, 0) + whole * scatter

@@ -57,18 +57,31 @@ def repeats(weight: Weight, remat: str, *, exchanged: bool) -> bool:
 
 def executed(share: Share) -> Work:
     """Forward and backward, of one token."""
-    model = share.config.model
-    work, exchanged = Work(), share.sizes[EXPERT] > 1
+    model, work = share.config.model, Work()
     for weight in share.weights:
         if not weight.is_matrix or weight.group == "embed_tokens":
             continue
         kind = "other" if weight.leaf in NOT_IN_FP8 else "linear"
         once = 6 * _met(weight, model) * _passes(weight, model)
-        products = 3 * _passes(weight, model) + repeats(weight, model.remat, exchanged=exchanged)
-        work = _add(work, kind, once, 2 * share.tensor * visited(share, weight) * products - once)
+        work = _add(work, kind, once, _products(share, weight) - once)
     if model.tie_word_embeddings:
         work = _add(work, "other", 6 * model.vocab_size * model.hidden_size * (1 + model.num_nextn_predict_layers), 0)
     return _add_attention(work, model, share.config.data.seq_len)
+
+
+def padding(share: Share) -> Number:
+    """FLOPs that a token's step would take besides, if the experts multiplied all rows that a round has room for."""
+    if share.sizes[EXPERT] == 1:
+        return 0
+    experts = sum(_products(share, weight) for weight in share.weights if weight.is_expert)
+    return experts * (share.received_rows / share.rows - 1)
+
+
+def _products(share: Share, weight: Weight) -> Number:
+    """FLOPs of one token with one weight, in all passes of a step."""
+    model, exchanged = share.config.model, share.sizes[EXPERT] > 1
+    passes = 3 * _passes(weight, model) + repeats(weight, model.remat, exchanged=exchanged)
+    return 2 * share.tensor * visited(share, weight) * passes
 
 
 def visited(share: Share, weight: Weight) -> Number:

@@ -72,9 +72,7 @@ def _backward(
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunk_nll(
-    hidden_BCD: Array, head_VD: Array, targets_BC: Array, vocab_axis: str | None
-) -> tuple[Array, Array, Array]:
+def _chunk_nll(hidden_BCD: Array, head_VD: Array, targets_BC: Array, vocab_axis: str | None) -> tuple[Array, Array, Array]:
     """log-probabilities [B, C, V] of the head's rows that are here, which of them is the target, and its nll [B, C]."""
     logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
     vocabulary = jnp.arange(head_VD.shape[0], dtype=targets_BC.dtype)

@@ -91,9 +91,7 @@ def run_model(
     if not model.num_nextn_predict_layers:
         return main, [], main.layers
     mtp_counted = jnp.stack(counted[n_main:])
-    depths = mtp_forward(
-        params, bias_LE, tokens, main, context, model, summary=summary, extras=(mtp_counted, mtp_extras)
-    )
+    depths = mtp_forward(params, bias_LE, tokens, main, context, model, summary=summary, extras=(mtp_counted, mtp_extras))
     layers = jax.tree.map(lambda *rows: jnp.stack(rows), *(d.layer for d in depths))
     if main.layers is not None:
         layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), main.layers, layers)
@@ -115,8 +113,13 @@ def depth_losses(
     params: Any, batch: Batch, hidden: list[Array], config: Config, placement: Placement | None = None
 ) -> list[tuple[Array, Array]]:
     """(sum over targets, nats [B, T] with 0 where there is none) of each depth; `hidden` holds every depth's normed states."""
-    weight_VD = head(params, config.model, placement).astype(hidden[0].dtype)
     vocab_axis = placement.tensor_axis if placement else None
+    if vocab_axis is None:
+        # Together through a barrier: in the backward pass the head's gradient, whole and in float32, is then reduced to the
+        # device's piece before the layers' turn comes, instead of lying beside all that they need. Tensor ranks, which have
+        # pieces anyway, hold head and hidden states of different kinds, as `shard_map` counts, and a barrier wants equal ones.
+        params, hidden = jax.lax.optimization_barrier((_head_alone(params, config), hidden))
+    weight_VD = head(params, config.model, placement).astype(hidden[0].dtype)
     weight_VD = varying_like(hidden, weight_VD)  # before `custom_vjp`: so a rank's gradient is of its own rows
     batch_size, length, _ = hidden[0].shape
     chunk = chunk_length(batch_size, length, weight_VD.shape[0], config.train.loss_chunk_elements)
@@ -127,6 +130,11 @@ def depth_losses(
         total, nll_BT = cross_entropy(hidden_BTD, weight_VD, targets, weights, chunk, vocab_axis)
         losses.append((total, nll_BT * weights))
     return losses
+
+
+def _head_alone(params: Any, config: Config) -> Any:
+    name = "embed_tokens" if config.model.tie_word_embeddings else "lm_head"
+    return {name: params[name]}
 
 
 def by_domain(batch: Batch, nll_BT: Float[Array, "B T"], n_domains: int) -> tuple[Array, Array]:

@@ -95,8 +95,7 @@ def state_shardings(config: Config, placement: Placement) -> Any:
     """
     spec, replicated = model_spec(config.model), placement.sharding(PartitionSpec())
     params, pieces = (
-        jax.tree.map(placement.sharding, specs)
-        for specs in (placement.stored_specs(spec), state_specs(spec, placement.sizes))
+        jax.tree.map(placement.sharding, specs) for specs in (placement.stored_specs(spec), state_specs(spec, placement.sizes))
     )
     has_masters = abstract_state(config).opt_state.master is not None
     opt_state: Any = OptState(pieces, pieces, pieces if has_masters else None, n_updates=replicated)  # type: ignore[arg-type]
@@ -121,9 +120,7 @@ def train_step(
     grad_norm = global_norm(grads)
     finite = jnp.isfinite(terms.loss) & jnp.isfinite(grad_norm)
 
-    params, opt_state = apply_optimizer(
-        config.train, grads, state.opt_state, state.params, hyper.learning_rate, grad_norm
-    )
+    params, opt_state = apply_optimizer(config.train, grads, state.opt_state, state.params, hyper.learning_rate, grad_norm)
     bias = move_bias(state.bias, terms.load_LE, hyper.bias_update_speed, config, controller)
     moved, kept = (params, opt_state, bias), (state.params, state.opt_state, state.bias)
     params, opt_state, bias = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)

@@ -96,9 +96,7 @@ def test_chain_of_three_modules_on_packed_documents_equals_the_float64_reference
         hidden_after_norm=hidden == "post_norm", embedding_first=concat == "embedding_first",
     )  # fmt: skip
 
-    actual = quick_jit(
-        lambda p: run_mtp(p, bias, jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1]), config)
-    )(params)
+    actual = quick_jit(lambda p: run_mtp(p, bias, jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1]), config))(params)
     for k, (module, (_, routing, module_logits)) in enumerate(zip(expected, actual, strict=True), start=1):
         # Only where the module has a target: elsewhere the embedding that it joins is another document's or missing.
         targets, valid = numpy_model.aligned_targets(tokens, length, k, segments)

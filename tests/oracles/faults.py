@@ -315,7 +315,10 @@ def mtp_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, con
 
 def balance_gradient_doubled(params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains, placement=None):
     loss, terms = sound[step, "objective"](params, bias_LE, batch, totals, mtp_weight, config, controller, n_domains, placement)
-    excess = loss - sound[step, "objective"](
-        params, bias_LE, batch, totals, mtp_weight, config, controller._replace(alpha=0.0), n_domains, placement
-    )[0]
+    excess = (
+        loss
+        - sound[step, "objective"](
+            params, bias_LE, batch, totals, mtp_weight, config, controller._replace(alpha=0.0), n_domains, placement
+        )[0]
+    )
     return loss + excess - jax.lax.stop_gradient(excess), terms

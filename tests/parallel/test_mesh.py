@@ -97,6 +97,17 @@ def test_state_pieces_divide_and_use_each_data_axis_once(shape, mesh):
         assert size % math.prod(mesh[axis] for axis in dim) == 0 and dim[: len(coarse)] == coarse
 
 
+def test_the_axis_within_a_node_cuts_first_and_takes_the_first_dimension_that_it_divides():
+    mesh = sizes(pipe=2, data=8, expert=64)
+    table = Spec((129280, 7168), ("vocab", "embed"))
+    assert state_dims("lm_head", table, mesh) == (("expert", "pipe"), ("data",))
+    assert state_dims("o_proj", Spec((3, 128, 128, 7168), ("layers", "heads", "head_dim", "embed")), mesh) == (
+        (), ("expert", "pipe"), ("data",), (),
+    )  # fmt: skip
+    experts = Spec((3, 256, 2048, 7168), ("layers", "experts", "expert_mlp", "embed"))
+    assert state_dims("down_proj", experts, mesh) == ((), ("expert", "pipe"), ("data",), ())
+
+
 def test_a_gain_that_nothing_divides_stays_whole_where_a_matrix_is_refused():
     assert state_dims("norm", gain(6, "embed"), sizes(data=4)) == ((),)
     with pytest.raises(ValueError, match="w: no dimension"):
@@ -129,8 +140,8 @@ def test_moments_are_in_pieces_whatever_the_parameters_are(layout):
     for tree in (shardings.opt_state.mu, shardings.opt_state.nu, shardings.opt_state.master):
         assert jax.tree.map(lambda s: s.spec, tree) == state
     matrix = shardings.params["moe_layers"]["self_attn"]["q_a_proj"].spec
-    expected = PartitionSpec(None, ("data", "expert"), None) if layout == "fully_sharded" else PartitionSpec(None, None, None)
+    expected = PartitionSpec(None, ("expert", "data"), None) if layout == "fully_sharded" else PartitionSpec(None, None, None)
     assert matrix == expected
     experts = shardings.params["moe_layers"]["mlp"]["experts"]["down_proj"].spec
-    assert experts[1] == "expert" and experts[3] == ("data" if layout == "fully_sharded" else None)
+    assert experts[1] == (("expert", "data") if layout == "fully_sharded" else "expert")
     assert shardings.params["norm"].spec == compute["norm"]

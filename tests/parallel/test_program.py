@@ -67,8 +67,19 @@ def test_results_lie_as_the_layout_says(name):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (leaf.sharding, sharding)
     experts = state.params["moe_layers"]["mlp"]["experts"]["gate_proj"]
     in_pieces = name.startswith("FSDP")
-    assert experts.sharding.spec == P(None, "expert", "data" if in_pieces else None, None)
+    assert experts.sharding.spec == P(None, ("expert", "data") if in_pieces else "expert", None, None)
     pieces = {shard.data.shape for shard in experts.addressable_shards}
-    assert pieces == {(1, 16 // placement.sizes["expert"], 64 // (2 if in_pieces else 1), 32)}
+    assert pieces == {(1, 16 // placement.sizes["expert"] // (2 if in_pieces else 1), 64, 32)}
     moment = state.opt_state.mu["moe_layers"]["self_attn"]["o_proj"]
     assert {shard.data.size for shard in moment.addressable_shards} == {moment.size // 8}
+
+
+def test_tensor_ranks_sum_the_gradients_of_tokens_and_not_of_rows():
+    """A routed row is a copy of a token: top_k times as many of them, were they summed before they are added up."""
+
+    def sent(implementation):
+        _, placement, program, _ = compiled("EP 4 x TP 2", mesh_expert=1, experts_implementation=implementation)
+        found = cost_of(program.as_text()).collectives
+        return sum(c.operand_bytes * c.times for c in found if axes_of(c.groups, placement.sizes) == ("tensor",))
+
+    assert sent("ragged_dot") == sent("bucketed")

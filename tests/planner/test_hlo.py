@@ -145,6 +145,30 @@ def test_a_wrapped_collective_is_counted_once(kind: str) -> None:
     assert (found.kind, found.operand_bytes, found.result_bytes, len(found.groups)) == ("all-gather", 24, 96, 2)
 
 
+def test_a_reduce_scatter_that_tpus_write_as_a_fused_all_reduce_is_one() -> None:
+    """Seven rows do not fill the tiles of eight devices: XLA pads them to eight, and fuses sum and slice."""
+    fused = """%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (input: bf16[7,128]) -> bf16[1,128] {
+  %input = bf16[7,128]{1,0} parameter(0)
+  %zero = bf16[] constant(0)
+  %pad = bf16[8,128]{1,0} pad(%input, %zero), padding=0_1x0_0
+  %all-reduce = bf16[8,128]{1,0} all-reduce(%pad), replica_groups=[1,8]<=[8], to_apply=%add
+  %place = u32[] partition-id()
+  %first = u32[] constant(0)
+  ROOT %own = bf16[1,128]{1,0} dynamic-slice(%all-reduce, %place, %first), dynamic_slice_sizes={1,128}
+}"""
+    emitter = '"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion","strategy":"StrategyRing"}'
+    entry = f"""  %p = bf16[7,128]{{1,0}} parameter(0)
+  ROOT %own = bf16[1,128]{{1,0}} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={{{emitter}}}"""
+    (found,) = cost_of(hlo_module(entry, fused)).collectives
+    assert (found.kind, found.operand_bytes, found.result_bytes, len(found.groups[0])) == ("reduce-scatter", 1792, 256, 8)
+
+
 def test_fields_take_their_costliest_branch_each() -> None:
     reducing = """%reducing (r: f32[2,3]) -> f32[2,3] {
   %r = f32[2,3]{1,0} parameter(0)

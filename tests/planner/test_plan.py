@@ -5,7 +5,9 @@ import json
 import pytest
 
 from dsv3_jax.model.count import count_parameters
+from dsv3_jax.parallel.schedules import Costs
 from dsv3_jax.planner.chips import CHIPS, chip_named
+from dsv3_jax.planner.pipelines import costs_of
 from dsv3_jax.planner.plan import make_plan
 from dsv3_jax.planner.question import Question
 from dsv3_jax.planner.rows import Plan, Row, Section
@@ -112,16 +114,20 @@ def test_the_latent_cache_grows_with_context_and_requests():
     assert plan.value("memory", "latent_cache") == plan.value("serving", "cache") == 70_272 * 7000
 
 
-def test_schedules_are_listed_at_the_mesh_s_stages():
+def test_schedules_are_simulated_at_the_mesh_s_stages_beside_their_formulas():
     run = {"layout": "report", "mesh_pipe": 16, "micro_batch_size": 1024}
     plan = plan_of("h800", 1024, settings=run, schedule="all")
-    bubbles = {row.key: row.values for row in plan.section("schedules").rows}
-    assert bubbles == {
-        "1f1b": (45, 1, 16, 16),
-        "zb1p": (15, 1, 16, 16),
-        "dualpipe": (14, 2, 17, 16),
-        "dualpipev": (14, 2, 17, 8),
-    }
+    assert {row.key: row.values for row in plan.section("schedules").rows} == {
+        "1f1b": (45, 45, 0, 16, 1, 16), "zb1p": (15, 15, 0, 16, 1, 16),
+        "dualpipe": (14, 14, 0, 17, 2, 16), "dualpipev": (14, 14, 0, 17, 2, 8),
+    }  # fmt: skip
+    costs = costs_of(["F=1.13", "B=2.47", "W=0.48", "FB=3.6"])  # (PP/2 - 1)(F&B + B - 3W), and one F less for the middle ranks
+    plan = plan_of(schedule="dualpipe", stages=16, micro_batches=120, costs=costs)
+    (row,) = plan.section("schedules").rows
+    assert row.values[:3] == (pytest.approx(32.41 - 1.13), pytest.approx(7 * (3.6 + 2.47 - 1.44)), pytest.approx(-1.13))
+    assert any("differs, and agrees without hops for F = B - W >= W" in line for line in plan.assumptions)
+    plan = plan_of(schedule="1f1b", costs=costs)  # no difference but that of rounding
+    assert plan.section("schedules").rows[0].values[2] == 0 and "8 stages, 20 micro" in plan.section("schedules").title
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,10 @@ def test_schedules_are_listed_at_the_mesh_s_stages():
         ({"requests": 0}, "--requests"),
         ({"compute": "fp4"}, "--compute: expected bf16 or fp8, got 'fp4'"),
         ({"schedule": "gpipe"}, "--schedule: expected one of all, 1f1b"),
-        ({"schedule": "all"}, "even number of stages, got 1; set mesh_pipe"),
+        ({"schedule": "all", "stages": 7}, "--stages: expected an even number, at least 2, got 7"),
+        ({"schedule": "dualpipe", "micro_batches": 6}, "dualpipe: expected .* at least 2 x 8 ranks, got 6; split"),
+        ({"schedule": "1f1b", "micro_batches": -1}, "--micro_batches: expected at least 1, got -1"),
+        ({"schedule": "1f1b", "costs": Costs(W=3)}, "W within B"),
     ],
 )
 def test_questions_without_sense_are_refused_in_one_line(asked, message):
@@ -171,3 +180,11 @@ def test_numbers_of_a_column_end_in_the_same_place():
 def test_a_figure_that_is_not_there_is_a_key_error():
     with pytest.raises(KeyError):
         plan_of().value("memory", "weight")
+
+
+@pytest.mark.parametrize(
+    "setting, message", [("G=1", "expected one of F, B, W, FB, hop, got 'G'"), ("F=x", "F: expected a number")]
+)
+def test_costs_that_are_none_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        costs_of([setting])

@@ -10,7 +10,7 @@ from planner.programs import gradient_flops, small
 from dsv3_jax.config import Config
 from dsv3_jax.model.flops import training_flops_per_token
 from dsv3_jax.planner.share import make_share
-from dsv3_jax.planner.work import causal_pairs, executed, full_window_flops
+from dsv3_jax.planner.work import causal_pairs, executed, full_window_flops, padding
 from dsv3_jax.presets import PRESETS, preset
 from dsv3_jax.settings import override
 
@@ -73,3 +73,12 @@ def test_tensor_ranks_repeat_what_is_not_divided_among_them():
 def test_a_tied_head_works_as_an_untied_one():
     tied = Config(model=replace(small().model, tie_word_embeddings=True), train=small().train, data=small().data)
     assert executed(make_share(tied, 1)) == executed(make_share(small(), 1))
+
+
+def test_whole_buffers_multiply_the_experts_work_and_nothing_else():
+    assert padding(make_share(small(), 1)) == 0
+    share = make_share(small(remat="none", layout="report", mesh_expert=2, exchange_buffer=1.5), 2)
+    model = share.config.model
+    layers = model.n_main_moe_layers + model.num_nextn_predict_layers
+    matrix = 2 * model.hidden_size * model.moe_intermediate_size
+    assert padding(share) == 0.5 * layers * model.num_experts_per_tok * matrix * (3 * 3 + 2)
