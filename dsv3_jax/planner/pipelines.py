@@ -45,8 +45,8 @@ def assumptions(pipe: int, q: Question) -> Iterator[str]:
     c = q.costs
     yield (
         f"Pipelines are simulated with F = {c.F:g}, B = {c.B:g} (W in it), W = {c.W:g}, F&B = {c.FB:g}, a hop = {c.hop:g}: "
-        "idle time of the rank that idles most, beside the published formula; activations kept at once, in micro-batches on one "
-        "stage; stages whose weights a rank holds. The figures above do not contain them."
+        "idle time of the rank that idles most, beside the published formula; activations kept at once, in micro-batches on "
+        "one stage; stages whose weights a rank holds. The figures above do not contain them."
     )
     for row in section(pipe, q).rows:
         method = SCHEDULES[row.key]
