@@ -121,8 +121,9 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     if target:
         print(f"\ncompiling the step for {target.spec}, {len(target.devices)} devices: minutes ...", flush=True)
         added = aot.sections(plan, aot.compile_step(config, target))
-        plan = Plan((*plan.sections, *added), (*plan.assumptions, *aot.reasons(added[0])))
-        print("\n" + render(Plan(aot.shortened(added), tuple(aot.reasons(added[0])))))
+        reasons = aot.reasons(plan, added[0])
+        plan = Plan((*plan.sections, *added), (*plan.assumptions, *reasons))
+        print("\n" + render(Plan(aot.shortened(added), tuple(reasons))))
     if values.out:
         write(Path(values.out), config, chip, asked, plan)
         print(f"\nplan and figures: {values.out}")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
+from dsv3_jax.parallel.collectives import varying_like
 
 # A block costs code, its keys beyond the diagonal cost work: (n + 1) / 2n of the full square for n blocks.
 MAX_BLOCKS, MIN_BLOCK = 8, 64
@@ -39,16 +40,20 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 def _scores(q_: Array, k: Array, segments_BT: Array | None, scale: float, start: int, stop: int) -> Array:
     """Masked scores of queries start..stop, which are `q_`, against keys 0..stop, float32 [B, G, Q, t, s]."""
+    # Through a barrier with q, on which a mask then depends: JAX would take it out of the scan over layers otherwise, and keep
+    # it, as large as the scores, for the whole step.
+    constants = varying_like([q_], (jnp.float32(-jnp.inf), jnp.arange(stop, dtype=jnp.int32)))
+    q_, (never, index) = jax.lax.optimization_barrier((q_, constants))
     scores = scale * jnp.einsum("bgqtc,bgsc->bgqts", q_, k[:, :, :stop], preferred_element_type=jnp.float32)
-    index = jnp.arange(stop, dtype=jnp.int32)
     visible = (index[None, :] <= index[start:stop, None])[None]
     if segments_BT is not None:
         visible = visible & (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop])
-    return jnp.where(visible[:, None, None], scores, -jnp.inf)
+    return jnp.where(visible[:, None, None], scores, never)
 
 
 def _forward(q: Array, k: Array, v: Array, segments_BT: Array | None, scale: float) -> tuple[Array, Any]:
-    outs, lses = [], []
+    outs: list[Array] = []
+    lses: list[Array] = []
     for start, stop in _blocks(q.shape[3]):
         q_ = q[:, :, :, start:stop]
         if outs:  # One block after the other: XLA on TPUs would start all of them, and hold the scores of the whole square.
@@ -67,10 +72,12 @@ def _forward(q: Array, k: Array, v: Array, segments_BT: Array | None, scale: flo
 def _backward(scale: float, saved: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segments_BT, out, lse = saved
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_q: list[Array] = []
+    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in _blocks(q.shape[3]):
         q_, d_out_, lse_, delta_ = (a[:, :, :, start:stop] for a in (q, d_out, lse, delta))
-        q_, d_out_, d_k, d_v = jax.lax.optimization_barrier((q_, d_out_, d_k, d_v))  # as above
+        if d_q:
+            q_, d_out_, d_k, d_v = jax.lax.optimization_barrier((q_, d_out_, d_k, d_v))  # in turn, as above
         weights = jnp.exp(_scores(q_, k, segments_BT, scale, start, stop) - lse_)
         d_weights = jnp.einsum("bgqtw,bgsw->bgqts", d_out_, v[:, :, :stop], preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - delta_) * scale).astype(q.dtype)

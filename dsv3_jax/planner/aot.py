@@ -17,6 +17,7 @@ from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.planner.hlo import Collective, Cost, axes_of, cost_of
 from dsv3_jax.planner.rows import Number, Plan, Row, Section, figure
+from dsv3_jax.planner.table import scaled
 from dsv3_jax.planner.targets import Memory, Target, explain_compile_error, memory_of, require_fits
 from dsv3_jax.training.placed import abstract_placed, micro_rows
 from dsv3_jax.training.step import Hyper, make_train_step
@@ -146,17 +147,22 @@ def shortened(added: tuple[Section, ...], most: int = 16) -> tuple[Section, ...]
 
 
 REASONS = {
-    "temporaries": "temporaries: the planner adds up the buffers that it knows by name at the fullest moment; what XLA keeps "
-    "beside them has not been taken apart further.",
+    "temporaries": "temporaries: the planner adds up the buffers that it knows by name at the fullest of four moments; XLA "
+    "orders the work itself, keeps copies, and repeats work of its own accord where memory is short.",
     "peak": "peak: as the temporaries, from which it differs by the arguments.",
-    "flops": "FLOPs: XLA's experts multiply the whole receive buffer (exchange_buffer times the routed rows), and on a GPU, "
-    "which has no grouped product, every expert each row; a loop over rounds counts once. The planner counts routed rows.",
+    "flops": "FLOPs: XLA's experts multiply every row that a round has room for, with which the planner counts {buffers}; on a "
+    "GPU, which has no grouped product, each of a rank's experts does; a loop over rounds counts once.",
     "exchange": "exchange: XLA moves each round's buffers; the planner counts balanced rows.",
-    "others": "weights and gradients: XLA runs some of our reduce-scatters as all-reduces, twice the bytes.",
+    "others": "weights and gradients: XLA pads pieces that do not fill its tiles, and runs a reduce-scatter as an all-reduce, "
+    "twice the bytes, where it takes that to be faster.",
     "arguments": "state and batch: TPU layouts pad the last two dimensions of a piece to their tiles.",
 }
 
 
-def reasons(compared: Section) -> list[str]:
+def reasons(plan: Plan, compared: Section) -> list[str]:
     """Of every figure of `sections`' first section that is more than a tenth apart, why."""
-    return [REASONS[row.key] for row in compared.rows if isinstance(row.values[2], float) and abs(row.values[2]) > APART]
+    flops = {row.key: row for row in plan.section("flops").rows}
+    counted = flops.get("buffers", flops["device_step"])
+    buffers = " ".join(scaled(counted.values[0], "FLOP"))
+    apart = [row.key for row in compared.rows if isinstance(row.values[2], float) and abs(row.values[2]) > APART]
+    return [REASONS[key].format(buffers=buffers) for key in apart]
