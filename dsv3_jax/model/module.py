@@ -1,17 +1,15 @@
 """The Linen shell: declares parameters with their logical axes, and the balance collection; calls the pure functions."""
 
-import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.initial import Draw, initial_values, whole
 from dsv3_jax.model.mtp import Depth, mtp_forward, mtp_spec
 from dsv3_jax.model.spec import Spec, SpecTree, stacked
 from dsv3_jax.model.transformer import Hidden, forward, make_context, transformer_spec
@@ -91,34 +89,12 @@ def abstract_variables(config: ModelConfig) -> Variables:
 
 
 def init_variables(config: ModelConfig, seed: int = 0) -> Variables:
-    """Fresh parameters, N(0, initializer_range) with gains at 1 [§4.2], and a zero router bias.
+    """Fresh parameters (`model.initial`), and a zero router bias."""
 
-    Drawn on the host, each parameter from a stream keyed by the seed and its own path: the same numbers on every device,
-    mesh and JAX release, and no compilation of a generator for each shape (which took longer than the draw by far).
-    """
-    params = draw_parameters(config, seed, lambda _, values, dtype: jnp.asarray(values, dtype))
-    return Variables(params, initial_bias(config))
+    def put(path: str, spec: Spec, draw: Draw) -> Array:
+        return jnp.asarray(draw(whole(spec.shape)), config.param_dtype)
 
-
-def draw_parameters(
-    config: ModelConfig, seed: int, put: Callable[[tuple[Any, ...], Float[np.ndarray, "..."], Any], Any]
-) -> dict[str, Any]:
-    """A tree of `put(path, values, dtype)`, one float32 parameter on the host at a time."""
-    spec = model_spec(config)
-
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-        names = [key.key for key in path]
-        declared: Any = spec
-        for name in names:
-            declared = declared[name]
-        if declared.init == "ones":
-            return put(path, np.ones(leaf.shape, np.float32), leaf.dtype)
-        stream = np.random.default_rng([seed, zlib.crc32("/".join(names).encode())])
-        values = stream.standard_normal(leaf.shape, np.float32)
-        values *= config.initializer_range
-        return put(path, values, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_variables(config).params)
+    return Variables(initial_values(model_spec(config), config.initializer_range, seed, put), initial_bias(config))
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Whatever happens here happens in every process alike; one process alone needs no
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,13 +30,26 @@ def to_mesh(array: Any, sharding: Sharding, dtype: Any = None) -> Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(kind))
 
 
+def from_pieces(shape: tuple[int, ...], sharding: Sharding, piece: Callable[[Slices], np.ndarray]) -> Array:
+    """An array that is whole nowhere: `piece(index)` is called once for each different piece of this process' devices."""
+    made: dict[Key, np.ndarray] = {}
+
+    def of_device(index: Slices) -> np.ndarray:
+        key = key_of(index, shape)
+        if key not in made:
+            made[key] = piece(index)
+        return made[key].copy()
+
+    return jax.make_array_from_callback(shape, sharding, of_device)
+
+
 def zeros_on_mesh(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Array:
-    """Zeros that lie as `sharding` says, whole nowhere."""
+    """Zeros that lie as `sharding` says."""
 
     def piece(index: Slices) -> np.ndarray:
         return np.zeros([stop - start for start, stop in key_of(index, shape)], dtype)
 
-    return jax.make_array_from_callback(shape, sharding, piece)
+    return from_pieces(shape, sharding, piece)
 
 
 def rows_by_process(placement: Placement, n_rows: int) -> dict[int, Int[np.ndarray, "rows"]]:

@@ -62,15 +62,17 @@ def state_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Mapping[s
     """`compute_dims` cut further over every data axis that the parameter does not lie along yet.
 
     The innermost mesh axis cuts first, so that in a reduction what leaves a node is already summed and cut within it. It takes
-    the first dimension that it divides, whose pieces lie on end in memory; never the layers, which are scanned. A gain, a
-    vector, is left whole where nothing divides; for a matrix that raises ValueError, naming it and the axis.
+    the first dimension of a matrix that it divides, whose pieces lie on end in memory; never the layers, which are scanned, and
+    experts only if it must (XLA on TPUs would copy the stack to gather them). A gain, a vector, is left whole where nothing
+    divides; for a matrix that raises ValueError, naming it and the axis.
     """
     dims = [list(dim) for dim in compute_dims(name, spec, sizes, rules)]
+    order = sorted((i for i, logical in enumerate(spec.axes) if logical != "layers"), key=lambda i: spec.axes[i] == "experts")
     for axis in reversed(BATCH_AXES):
         if sizes[axis] == 1 or any(axis in dim for dim in dims):
             continue
         pieces = [math.prod(sizes[a] for a in dim) * sizes[axis] for dim in dims]
-        fitting = [i for i, logical in enumerate(spec.axes) if logical != "layers" and spec.shape[i] % pieces[i] == 0]
+        fitting = [i for i in order if spec.shape[i] % pieces[i] == 0]
         if fitting:
             dims[fitting[0]].append(axis)
         elif spec.init != "ones":

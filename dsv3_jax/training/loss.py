@@ -58,7 +58,8 @@ def _forward(
     chunks = _chunks(chunk, hidden_BTD, targets_BT, weights_BT)
     start = varying_like(chunks, jnp.float32(0)), varying_like((chunks, head_VD), jnp.zeros(head_VD.shape, jnp.float32))
     (total, d_head), (nll, d_hidden) = jax.lax.scan(one_chunk, start, chunks)
-    return (total, _whole(nll, hidden_BTD)), (_whole(d_hidden, hidden_BTD), d_head.astype(head_VD.dtype))
+    d_head = jax.lax.optimization_barrier(d_head.astype(head_VD.dtype))  # narrow now, not when XLA comes to use it
+    return (total, _whole(nll, hidden_BTD)), (_whole(d_hidden, hidden_BTD), d_head)
 
 
 def _backward(

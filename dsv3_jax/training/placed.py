@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.module import draw_parameters
-from dsv3_jax.parallel.arrays import check_batch, check_streams, to_mesh, zeros_on_mesh
+from dsv3_jax.model.initial import Draw, initial_values
+from dsv3_jax.model.module import model_spec
+from dsv3_jax.model.spec import Spec
+from dsv3_jax.parallel.arrays import check_batch, check_streams, from_pieces, to_mesh, zeros_on_mesh
 from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training.ema import Ema, whole_average
@@ -84,27 +87,30 @@ def abstract_placed(config: Config, placement: Placement | None) -> TrainState:
 
 
 def first_state(config: Config, placement: Placement | None) -> TrainState:
-    """`init_state`, the same numbers; on a mesh every process draws a parameter and keeps its devices' pieces of it."""
+    """`init_state`, the same numbers; on a mesh every process draws its devices' pieces alone."""
     if placement is None:
         # committed to the device as restored arrays are: a fresh and a resumed run compile the same program
         return jax.device_put(init_state(config), jax.local_devices()[0])
     like = abstract_placed(config, placement)
-    has_masters = like.opt_state.master is not None
-    shardings = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(like.opt_state.mu)}
-    stored = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(like.params)}
-
-    def put(path: tuple[Any, ...], values: np.ndarray, dtype: Any) -> tuple[Any, Any]:
-        # a master starts as the parameter that it stands for, rounded
-        rounded = values.astype(dtype)
-        param = to_mesh(rounded, stored[path])
-        return param, to_mesh(rounded, shardings[path], np.float32) if has_masters else None
-
-    pairs = draw_parameters(config.model, config.train.seed, put)
-    is_pair = dict(is_leaf=lambda node: isinstance(node, tuple))
     zeros = jax.tree.map(lambda leaf: zeros_on_mesh(leaf.shape, leaf.dtype, leaf.sharding), like)
-    master = jax.tree.map(lambda pair: pair[1], pairs, **is_pair) if has_masters else None
-    opt_state = zeros.opt_state._replace(master=master)
-    return zeros._replace(params=jax.tree.map(lambda pair: pair[0], pairs, **is_pair), opt_state=opt_state)
+    param_dtype = jnp.dtype(config.model.param_dtype)
+
+    def drawn(leaves: Any, dtype: Any) -> Any:
+        shardings = {_path(keys): leaf.sharding for keys, leaf in jax.tree_util.tree_leaves_with_path(leaves)}
+
+        def put(path: str, spec: Spec, draw: Draw) -> Array:
+            # a master starts as the parameter that it stands for, rounded
+            return from_pieces(spec.shape, shardings[path], lambda index: draw(index).astype(param_dtype).astype(dtype))
+
+        return initial_values(model_spec(config.model), config.model.initializer_range, config.train.seed, put)
+
+    if like.opt_state.master is not None:
+        zeros = zeros._replace(opt_state=zeros.opt_state._replace(master=drawn(like.opt_state.master, jnp.float32)))
+    return zeros._replace(params=drawn(like.params, param_dtype))
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return "/".join(key.key for key in keys)
 
 
 def averaged_params(ema: Ema, state: TrainState) -> Any:

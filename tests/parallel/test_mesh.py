@@ -105,7 +105,9 @@ def test_the_axis_within_a_node_cuts_first_and_takes_the_first_dimension_that_it
         (), ("expert", "pipe"), ("data",), (),
     )  # fmt: skip
     experts = Spec((3, 256, 2048, 7168), ("layers", "experts", "expert_mlp", "embed"))
-    assert state_dims("down_proj", experts, mesh) == ((), ("expert", "pipe"), ("data",), ())
+    assert state_dims("down_proj", experts, mesh) == ((), ("expert",), ("data", "pipe"), ())
+    odd = Spec((3, 256, 9, 9), ("layers", "experts", "expert_mlp", "embed"))
+    assert state_dims("odd", odd, mesh | {"data": 1}) == ((), ("expert", "pipe"), (), ())
 
 
 def test_a_gain_that_nothing_divides_stays_whole_where_a_matrix_is_refused():
@@ -143,5 +145,5 @@ def test_moments_are_in_pieces_whatever_the_parameters_are(layout):
     expected = PartitionSpec(None, ("expert", "data"), None) if layout == "fully_sharded" else PartitionSpec(None, None, None)
     assert matrix == expected
     experts = shardings.params["moe_layers"]["mlp"]["experts"]["down_proj"].spec
-    assert experts[1] == (("expert", "data") if layout == "fully_sharded" else "expert")
+    assert experts[1:3] == ("expert", "data" if layout == "fully_sharded" else None)
     assert shardings.params["norm"].spec == compute["norm"]
