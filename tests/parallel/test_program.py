@@ -1,13 +1,18 @@
 """What the compiled step sends, and how its results lie: read from the program, so that a silent copy or gather fails."""
 
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.model.module import model_spec
 from dsv3_jax.model.spec import Spec
+from dsv3_jax.moe.experts import routed_experts
 from dsv3_jax.parallel.all_to_all import buffer_rows
 from dsv3_jax.parallel.rules import map_specs
 from dsv3_jax.planner.hlo import axes_of, cost_of
@@ -15,11 +20,12 @@ from dsv3_jax.training import step as training
 from oracles.compiling import QUICK
 from oracles.mesh_cells import LENGTH, ROWS, Cell, cell_batch, cell_config, first_state
 
-HYPER = training.Hyper(*(jax.numpy.float32(value) for value in (1e-3, 1e-3, 0.3)))
+HYPER = training.Hyper(*(jnp.float32(value) for value in (1e-3, 1e-3, 0.3)))
 
 
+@functools.cache
 def compiled(name, **settings):
-    config = cell_config(name, **settings)
+    config = cell_config(name, moe_intermediate_size=40, **settings)  # a size that no other weight has
     cell = Cell(config)
     state, batch = cell.put(first_state(config)), cell.put_batch(cell_batch(0, 1))
     step = training.make_train_step(config, 2, cell.placement)
@@ -43,7 +49,7 @@ def expert_bytes(config, ranks):
 
 
 def test_expert_parallel_layout_never_gathers_expert_weights_and_sends_what_the_plan_says():
-    config, placement, program, state = compiled("EP 8", moe_intermediate_size=40)  # a size that no other weight has
+    config, placement, program, state = compiled("EP 8")
     collectives = cost_of(program.as_text()).collectives
     gathers = [c for c in collectives if c.kind == "all-gather"]
     assert gathers and not {c.result_bytes for c in gathers} & expert_bytes(config, 8)
@@ -69,17 +75,29 @@ def test_results_lie_as_the_layout_says(name):
     in_pieces = name.startswith("FSDP")
     assert experts.sharding.spec == P(None, "expert", "data" if in_pieces else None, None)
     pieces = {shard.data.shape for shard in experts.addressable_shards}
-    assert pieces == {(1, 16 // placement.sizes["expert"], 64 // (2 if in_pieces else 1), 32)}
+    assert pieces == {(1, 16 // placement.sizes["expert"], 64 // (2 if in_pieces else 1), 40)}
     moment = state.opt_state.mu["moe_layers"]["self_attn"]["o_proj"]
     assert {shard.data.size for shard in moment.addressable_shards} == {moment.size // 8}
 
 
-def test_tensor_ranks_sum_the_gradients_of_tokens_and_not_of_rows():
+@pytest.mark.parametrize("implementation", ["bucketed", "ragged_dot"])
+def test_tensor_ranks_sum_the_gradients_of_tokens_and_not_of_rows(implementation):
     """A routed row is a copy of a token: top_k times as many of them, were they summed before they are added up."""
+    tokens, hidden, width, experts, top_k = 24, 8, 6, 4, 2
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+    indices = jnp.stack([jnp.arange(tokens) % experts, (jnp.arange(tokens) + 1) % experts], axis=1).astype(jnp.int32)
+    up, down = P(None, None, "tensor"), P(None, "tensor", None)
+    weights = {"gate_proj": up, "up_proj": up, "down_proj": down}
 
-    def sent(implementation):
-        _, placement, program, _ = compiled("EP 4 x TP 2", mesh_expert=1, experts_implementation=implementation)
-        found = cost_of(program.as_text()).collectives
-        return sum(c.operand_bytes * c.times for c in found if axes_of(c.groups, placement.sizes) == ("tensor",))
+    def loss(x, gates, weights):
+        y = routed_experts(x, indices, gates, weights, implementation=implementation)
+        return jnp.square(jax.lax.psum(y, "tensor")).sum()
 
-    assert sent("ragged_dot") == sent("bucketed")
+    gradient = jax.shard_map(jax.grad(loss, argnums=(0, 1)), mesh=mesh, in_specs=(P(), P(), weights), out_specs=P())
+    shapes = {"gate_proj": (experts, hidden, width), "up_proj": (experts, hidden, width), "down_proj": (experts, width, hidden)}
+    like = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, hidden), (tokens, top_k))]
+    program = (
+        jax.jit(gradient).lower(*like, {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}).compile()
+    )
+    sums = [c.operand_bytes for c in cost_of(program.as_text()).collectives if c.kind == "all-reduce"]
+    assert sum(sums) == 4 * (2 * tokens * hidden + tokens * top_k)  # y and dx, and the gates' gradients
