@@ -182,8 +182,19 @@ def _backward(share: Share) -> list[Cause]:
         Cause("gradients", "gradients of one micro-batch", held(share) * share.param_bytes, moments),
         Cause("attention_buffers", "heads, their gradients, a block's scores", attention_buffers(share), (ATTENTION,)),
         Cause("expert_buffers", "rows and products of the feed-forward", feed_forward_buffers(share), (EXPERTS,)),
+        Cause("repeated_layer", "what a layer's repeated forward pass keeps", _repeated(share), (EXPERTS,)),
         Cause("expert_sums", "its experts' gradients, summed over rounds", sums, (EXPERTS,)),
     ]
+
+
+def _repeated(share: Share) -> Number:
+    """Where the whole layer is run again, it keeps all that its backward pass reads, attention's part for last."""
+    model = share.config.model
+    if model.remat != "full":
+        return 0
+    kind = "moe" if model.n_moe_layers else "dense"
+    kept = saved_per_token(replace(model, remat="none"), kind, share)
+    return share.tokens * sum(value for name, value in kept.items() if name not in ("carry", "router"))
 
 
 def attention_buffers(share: Share) -> Number:

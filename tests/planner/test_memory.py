@@ -143,3 +143,11 @@ def test_without_rematerialisation_gathered_weights_stay():
 def test_every_preset_has_a_memory_plan(name):
     config = override(preset(name), {"batch_size": 8, "batch_size_start": 8, "layout": "fully_sharded", "mesh_expert": 8})
     assert memory.peak(memory.causes(make_share(config, 8)))[1] > 0
+
+
+def test_a_layer_that_is_run_again_whole_keeps_meanwhile_what_it_would_without_rematerialisation():
+    shares = {policy: make_share(small(remat=policy), 1) for policy in ("none", "report", "full")}
+    again = {policy: {c.key: c for c in memory.causes(share)}["repeated_layer"] for policy, share in shares.items()}
+    assert again["none"].bytes == again["report"].bytes == 0 and again["full"].moments == (memory.EXPERTS,)
+    kept = memory.saved_per_token(shares["none"].config.model, "moe", shares["none"])
+    assert again["full"].bytes == shares["none"].tokens * (sum(kept.values()) - kept["carry"] - kept["router"]) > 0
