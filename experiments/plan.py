@@ -120,8 +120,9 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     print(render(plan), flush=True)
     if target:
         print(f"\ncompiling the step for {target.spec}, {len(target.devices)} devices: minutes ...", flush=True)
-        added = aot.sections(plan, aot.compile_step(config, target))
-        reasons = aot.reasons(plan, added[0])
+        compiled = aot.compile_step(config, target)
+        added = aot.sections(plan, compiled)
+        reasons = aot.reasons(make_share(config, asked.chips), compiled, added[0])
         plan = Plan((*plan.sections, *added), (*plan.assumptions, *reasons))
         print("\n" + render(Plan(aot.shortened(added), tuple(reasons))))
     if values.out:

@@ -14,11 +14,14 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import Config
 from dsv3_jax.parallel.arrays import check_batch
 from dsv3_jax.parallel.collectives import Placement
-from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.mesh import EXPERT, make_mesh
 from dsv3_jax.planner.hlo import Collective, Cost, axes_of, cost_of
 from dsv3_jax.planner.rows import Number, Plan, Row, Section, figure
+from dsv3_jax.planner.share import FLOAT32, Share
 from dsv3_jax.planner.table import scaled
 from dsv3_jax.planner.targets import Memory, Target, explain_compile_error, memory_of, require_fits
+from dsv3_jax.planner.timing import step_tokens
+from dsv3_jax.planner.work import executed, padding
 from dsv3_jax.training.placed import abstract_placed, micro_rows
 from dsv3_jax.training.step import Hyper, make_train_step
 
@@ -148,10 +151,9 @@ def shortened(added: tuple[Section, ...], most: int = 16) -> tuple[Section, ...]
 
 REASONS = {
     "temporaries": "temporaries: the planner adds up the buffers that it knows by name at the fullest of four moments; XLA "
-    "orders the work itself, keeps copies, and repeats work of its own accord where memory is short.",
+    "orders the work itself, keeps copies, and repeats work of its own accord where memory is short{masked}.",
     "peak": "peak: as the temporaries, from which it differs by the arguments.",
-    "flops": "FLOPs: XLA's experts multiply every row that a round has room for, with which the planner counts {buffers}; on a "
-    "GPU, which has no grouped product, each of a rank's experts does; a loop over rounds counts once.",
+    "flops": "FLOPs: {multiplied}, with which the planner counts {counted} too; a loop over rounds counts once.",
     "exchange": "exchange: XLA moves each round's buffers; the planner counts balanced rows.",
     "others": "weights and gradients: XLA pads pieces that do not fill its tiles, and runs a reduce-scatter as an all-reduce, "
     "twice the bytes, where it takes that to be faster.",
@@ -159,10 +161,25 @@ REASONS = {
 }
 
 
-def reasons(plan: Plan, compared: Section) -> list[str]:
-    """Of every figure of `sections`' first section that is more than a tenth apart, why."""
-    flops = {row.key: row for row in plan.section("flops").rows}
-    counted = flops.get("buffers", flops["device_step"])
-    buffers = " ".join(scaled(counted.values[0], "FLOP"))
+def reasons(share: Share, compiled: Compiled, compared: Section) -> list[str]:
+    """Of every figure of `sections`' first section that is more than a tenth apart, why.
+
+    TPUs have a grouped product of rows and experts. Elsewhere XLA writes the rows once for each expert, others' masked out.
+    """
+    grouped, model = compiled.target.platform == "tpu", share.config.model
+    work = executed(share).total + padding(share, every_expert=not grouped)
+    rows = share.received_rows * model.n_routed_experts // share.sizes[EXPERT]
+    masked = rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size // share.tensor) * FLOAT32
+    known = {
+        "masked": "" if grouped else f"; rows masked for each expert, of both products' operands, take {_text(masked, 'B')}",
+        "multiplied": "XLA's experts multiply every row that a round has room for"
+        if grouped
+        else "without a grouped product, each of a device's experts multiplies every row that a round has room for",
+        "counted": _text(work * step_tokens(share) / share.devices, "FLOP"),
+    }
     apart = [row.key for row in compared.rows if isinstance(row.values[2], float) and abs(row.values[2]) > APART]
-    return [REASONS[key].format(buffers=buffers) for key in apart]
+    return [REASONS[key].format(**known) for key in apart]
+
+
+def _text(value: Number, unit: str) -> str:
+    return " ".join(scaled(value, unit))

@@ -69,12 +69,14 @@ def executed(share: Share) -> Work:
     return _add_attention(work, model, share.config.data.seq_len)
 
 
-def padding(share: Share) -> Number:
-    """FLOPs that a token's step would take besides, if the experts multiplied all rows that a round has room for."""
-    if share.sizes[EXPERT] == 1:
-        return 0
+def padding(share: Share, *, every_expert: bool = False) -> Number:
+    """FLOPs that a token's step would take besides, if the experts multiplied all rows that a round has room for.
+
+    With `every_expert`, if each of a device's experts did.
+    """
     experts = sum(_products(share, weight) for weight in share.weights if weight.is_expert)
-    return experts * (share.received_rows / share.rows - 1)
+    times = share.config.model.n_routed_experts // share.sizes[EXPERT] if every_expert else 1
+    return experts * (times * share.received_rows / share.rows - 1)
 
 
 def _products(share: Share, weight: Weight) -> Number:

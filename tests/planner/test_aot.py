@@ -14,6 +14,7 @@ from dsv3_jax.planner.chips import chip_named
 from dsv3_jax.planner.hlo import Collective, Cost
 from dsv3_jax.planner.plan import make_plan
 from dsv3_jax.planner.question import Question
+from dsv3_jax.planner.share import make_share
 from dsv3_jax.planner.table import scaled
 from dsv3_jax.planner.targets import Memory, Target
 from dsv3_jax.presets import preset
@@ -51,10 +52,14 @@ def test_the_planners_figures_stand_beside_xlas_with_a_reason_where_they_are_apa
     assert {row.key for row in compared.rows} == set(aot.REASONS)
     apart = {row.key: row.values[2] for row in compared.rows}
     assert abs(apart["arguments"]) < 0.01 and apart["others"] < -0.9
-    reasons = aot.reasons(plan, compared)
+    share = make_share(config, 8)
+    reasons = aot.reasons(share, compiled, compared)
     assert aot.REASONS["others"] in reasons and aot.REASONS["arguments"] not in reasons
     counted = " ".join(scaled(plan.value("flops", "buffers"), "FLOP"))
-    assert any(f"with which the planner counts {counted};" in reason for reason in reasons)
+    assert any(f"multiply every row that a round has room for, with which the planner counts {counted}" in r for r in reasons)
+    on_gpu = aot.reasons(share, compiled._replace(target=target._replace(platform="cuda")), compared)
+    rows = 4 * share.received_rows * (2 * 64 + 3 * 32) * 4 / 2**20  # four experts a rank
+    assert any(f"rows masked for each expert, of both products' operands, take {rows:.3f} MiB" in r for r in on_gpu)
     assert {row.key: row.values[1:] for row in collectives.rows} == {
         "all-gather.expert.bf16.40": (3, 90), "all-to-all.expert.bf16.40": (2, 60),
     }  # fmt: skip

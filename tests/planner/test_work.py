@@ -81,4 +81,6 @@ def test_whole_buffers_multiply_the_experts_work_and_nothing_else():
     model = share.config.model
     layers = model.n_main_moe_layers + model.num_nextn_predict_layers
     matrix = 2 * model.hidden_size * model.moe_intermediate_size
-    assert padding(share) == 0.5 * layers * model.num_experts_per_tok * matrix * (3 * 3 + 2)
+    experts = layers * model.num_experts_per_tok * matrix * (3 * 3 + 2)
+    assert padding(share) == 0.5 * experts
+    assert padding(share, every_expert=True) == (1.5 * model.n_routed_experts / 2 - 1) * experts
