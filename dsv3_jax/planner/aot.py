@@ -153,10 +153,11 @@ REASONS = {
     "temporaries": "temporaries: the planner adds up the buffers that it knows by name at the fullest of four moments; XLA "
     "orders the work itself, keeps copies, and repeats work of its own accord where memory is short{masked}.",
     "peak": "peak: as the temporaries, from which it differs by the arguments.",
-    "flops": "FLOPs: {multiplied}, with which the planner counts {counted} too; a loop over rounds counts once.",
+    "flops": "FLOPs: {multiplied}, with which the planner counts {counted} too; a loop over rounds counts once; where "
+    "memory is short XLA repeats products.",
     "exchange": "exchange: XLA moves each round's buffers; the planner counts balanced rows.",
     "others": "weights and gradients: XLA pads pieces that do not fill its tiles, and runs a reduce-scatter as an all-reduce, "
-    "twice the bytes, where it takes that to be faster.",
+    "twice the bytes, where it takes that to be faster; where memory is short it repeats gathers.",
     "arguments": "state and batch: TPU layouts pad the last two dimensions of a piece to their tiles.",
 }
 
