@@ -2,9 +2,9 @@
 
     python -m experiments.bench_parallel [--preset=tiny] [--devices=1,2,4,8] [--runs=5] [--set=name=value]
 
-A minute or two. One JSON object a line: for each layout the bytes that the compiled program sends a device and step, by
-collective and axis, beside the planner's; for each number of devices the median time of a step, for the record only, since
-simulated devices share the cores; and what node-limited routing saves, on the router of DeepSeek-V3's size.
+Some four minutes on two cores. One JSON object a line: for each layout the bytes that the compiled program sends a device and
+step, by collective and axis, beside the planner's; for each number of devices the median time of a step, for the record only,
+since simulated devices share the cores; and what node-limited routing saves, on the router of DeepSeek-V3's size.
 """
 
 import json

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax import remat
 from dsv3_jax.model.spec import Spec, SpecTree
+from dsv3_jax.parallel.collectives import varying_like
 
 
 def rms_norm(x: Float[Array, "*batch D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
@@ -33,5 +34,6 @@ def swiglu_spec(hidden: int, width: int, axis: str = "mlp") -> SpecTree:
 def swiglu(params: Mapping[str, Array], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """down(silu(gate(x)) * up(x)); weights are cast to x's dtype."""
     gate, up, down = (params[name].astype(x.dtype) for name in ("gate_proj", "up_proj", "down_proj"))
+    x = varying_like(params, x)  # so that tensor ranks sum x's gradient once, and not each product's share of it
     g, u = (remat.name(x @ weight, remat.SWIGLU_INPUT) for weight in (gate, up))
     return remat.keep_inputs(lambda g, u: jax.nn.silu(g) * u)(g, u) @ down

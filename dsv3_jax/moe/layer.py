@@ -12,7 +12,7 @@ from dsv3_jax.model.spec import Spec, SpecTree
 from dsv3_jax.moe.experts import routed_experts
 from dsv3_jax.moe.router import Routing, route
 from dsv3_jax.parallel.all_to_all import exchanged_experts
-from dsv3_jax.parallel.collectives import Placement, sum_over_tensor
+from dsv3_jax.parallel.collectives import Placement, sum_over_tensor, varying_like
 from dsv3_jax.parallel.mesh import EXPERT
 
 
@@ -45,6 +45,7 @@ def moe(
     Under a `placement`, `u_BTD` is the device's share of the batch and `params` its pieces; experts may be on other ranks.
     """
     routing = route(u_BTD, params["gate"], bias_E, config)
+    u_BTD = varying_like(params["experts"], u_BTD)  # once for all experts, shared ones too: its gradient is then summed once
     batch, length, hidden = u_BTD.shape
     flat = (batch * length, -1)
     experts = {name: weight.astype(u_BTD.dtype) for name, weight in params["experts"].items()}

@@ -10,11 +10,15 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from dsv3_jax.config import ParallelConfig
 from dsv3_jax.model.module import model_spec
 from dsv3_jax.model.spec import Spec
 from dsv3_jax.moe.experts import routed_experts
+from dsv3_jax.moe.layer import moe, moe_spec
 from dsv3_jax.parallel.all_to_all import buffer_rows
-from dsv3_jax.parallel.rules import map_specs
+from dsv3_jax.parallel.collectives import Placement
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.rules import compute_dims, map_specs, partition_spec
 from dsv3_jax.planner.hlo import axes_of, cost_of
 from dsv3_jax.training import step as training
 from oracles.compiling import QUICK
@@ -101,3 +105,20 @@ def test_tensor_ranks_sum_the_gradients_of_tokens_and_not_of_rows(implementation
     )
     sums = [c.operand_bytes for c in cost_of(program.as_text()).collectives if c.kind == "all-reduce"]
     assert sum(sums) == 4 * (2 * tokens * hidden + tokens * top_k)  # y and dx, and the gates' gradients
+
+
+def test_tensor_ranks_sum_a_gradient_once_whatever_reads_the_tokens():
+    """In a layer with shared experts: y and dx of all experts, the gates' gradients, and the router's scores none."""
+    config = cell_config("EP 4 x TP 2", mesh_expert=1).model
+    placement = Placement(Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), AXES), ParallelConfig(layout="tensor_expert"))
+    specs = map_specs(lambda name, spec: partition_spec(compute_dims(name, spec, placement.sizes)), moe_spec(config))
+    tokens, hidden = 24, config.hidden_size
+
+    def loss(x, params):
+        return jnp.square(moe(params, jnp.zeros(config.n_routed_experts), x, config, placement)[0]).sum()
+
+    gradient = jax.shard_map(jax.grad(loss), mesh=placement.mesh, in_specs=(P(), specs), out_specs=P())
+    shapes = map_specs(lambda name, spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), moe_spec(config))
+    program = jax.jit(gradient).lower(jax.ShapeDtypeStruct((1, tokens, hidden), jnp.float32), shapes).compile()
+    sums = [c.operand_bytes for c in cost_of(program.as_text()).collectives if c.kind == "all-reduce"]
+    assert sum(sums) == 4 * (2 * tokens * hidden + tokens * config.num_experts_per_tok)
