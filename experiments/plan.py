@@ -91,7 +91,6 @@ def published_receipts() -> tuple[Receipt, ...]:
 
 def write(folder: Path, config: Config, chip: Chip, asked: Question, plan: Plan) -> None:
     """`plan.json`, `plan.png` and a figure of every schedule, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     question = asked._asdict() | {"costs": asked.costs._asdict()}
     write_json(folder / "plan.json", {"config": to_dict(config), "question": question, **plan.to_dict()})
     title = f"{asked.chips} x {chip.name}, layout {config.parallel.layout}, remat {config.model.remat}"
@@ -99,6 +98,15 @@ def write(folder: Path, config: Config, chip: Chip, asked: Question, plan: Plan)
     _write_figure(folder / "plan.png", plan_figure.draw(plan, memory.causes(share), chip.hbm_gib, title))
     for timeline in timelines(share.sizes[PIPE], asked) if asked.schedule else ():
         _write_figure(folder / f"schedule-{timeline.schedule.name}.png", schedule_figure.draw(timeline))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out: expected a folder, or a path where one can be made, got {folder} ({error.strerror})"
+        ) from error
 
 
 def _write_figure(path: Path, figure: Figure) -> None:
@@ -112,6 +120,8 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         print(render_receipts(published_receipts(), PUBLISHED))
         return 0
     config = override(preset(values.preset), parse_settings(values.set))
+    if values.out:
+        _make(Path(values.out))  # first, and not after minutes of compiling
     target = topology(values.aot) if values.aot else None  # first: a GPU's compiler must come before JAX looks for GPUs
     chip, asked = chip_named(values.aot.split(":")[1] if target else values.chip, values.chip_set), question(values)
     if target:

@@ -41,6 +41,23 @@ def test_out_leaves_the_plan_as_json_and_a_figure(tmp_path, capsys):
     assert (folder / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (folder / "plan.png").stat().st_size > 20_000
 
 
+def test_schedules_are_drawn(tmp_path, capsys):
+    assert call(*SMALL, "--schedule=all", "--stages=4", "--micro_batches=8", "--schedule_set=hop=0.1", f"--out={tmp_path}") == 0
+    drawn = {f"schedule-{name}.png" for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")}
+    assert set(os.listdir(tmp_path)) == {"plan.json", "plan.png"} | drawn
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    assert stored["question"]["costs"]["hop"] == 0.1 and stored["sections"]["schedules"]["rows"]["1f1b"]["apart"] > 0
+    assert "Pipelines, 4 stages, 8 micro-batches" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="--out: expected a folder"):
+            call(*SMALL, f"--out={out}")
+    assert not capsys.readouterr().out
+
+
 def test_the_figure_shows_every_bound_and_what_it_consists_of():
     from dsv3_jax.planner.chips import chip_named
     from dsv3_jax.planner.plan import make_plan
