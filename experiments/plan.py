@@ -105,7 +105,7 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"--out: expected a folder, or a path where one can be made, got {folder} ({error.strerror})"
+            f"--out: expected a folder or where one can be made, got {folder} ({error.strerror})"
         ) from error
 
 
