@@ -79,7 +79,8 @@ def test_a_step_compiles_for_devices_that_are_given():
     """Of this machine, for want of others: the same path as for a topology."""
     import jax
 
-    config = override(preset("tiny"), {"layout": "fully_sharded", "mesh_expert": 4, "num_hidden_layers": 2, "seq_len": 16})
+    small = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, "seq_len": 16}
+    config = override(preset("tiny"), {"layout": "fully_sharded", "mesh_expert": 4} | small)
     compiled = aot.compile_step(config, Target("cpu:8", "cpu", "cpu", tuple(jax.devices()), 10**11, True))
     assert compiled.cost.flops > 0 and aot.sent(compiled, exchange=True) > 0 and compiled.sizes["expert"] == 4
     assert compiled.cost.dynamic  # rounds of the exchange count once

@@ -303,6 +303,7 @@ def kill_after(process, workdir, n_lines, delay):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_has_the_parameters_of_one_never_killed(reference, tmp_path):
     kill_after(start_program(reference, tmp_path), tmp_path, n_lines=3, delay=0.0)
     code, out, err = finish(start_program(reference, tmp_path))
