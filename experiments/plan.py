@@ -104,9 +104,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"--out: expected a folder or where one can be made, got {folder} ({error.strerror})"
-        ) from error
+        raise ValueError(f"--out: expected a folder or where one can be made, got {folder} ({error.strerror})") from error
 
 
 def _write_figure(path: Path, figure: Figure) -> None:

@@ -2,46 +2,40 @@
 
 Drawn on the host: the same numbers on every device, mesh and JAX release, and no compilation of a generator for each shape
 (which took longer than the draw by far). A parameter's elements, in row-major order, come in blocks, each from a stream of its
-own, keyed by the seed, the parameter's path and the block's number. So a process draws what its devices hold, and little more.
+own, keyed by the seed, the parameter's name and the block's number. So a process draws what its devices hold, and little more.
 """
 
 import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from dsv3_jax.model.spec import Spec, SpecTree
+from dsv3_jax.parallel.rules import map_specs
 
 BLOCK = 2**21  # elements
 Index = tuple[slice, ...]
-Draw = Callable[[Index], Float[np.ndarray, "..."]]
 
 
-def initial_values(specs: SpecTree, initializer_range: float, seed: int, put: Callable[[str, Spec, Draw], Any]) -> Any:
-    """A tree of `put(path, spec, draw)`; `draw(index)` is a piece of the parameter at that path, float32."""
-
-    def visit(keys: tuple[Any, ...], spec: Spec) -> Any:
-        path = "/".join(key.key for key in keys)
-        return put(path, spec, functools.partial(_piece, path, spec, initializer_range, seed))
-
-    return jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda node: isinstance(node, Spec))
+def initial_values(specs: SpecTree, initializer_range: float, seed: int) -> Any:
+    """A tree like `specs` of functions `draw(index)`, which give a piece of the parameter, float32."""
+    return map_specs(lambda name, spec: functools.partial(_piece, name, spec, initializer_range, seed), specs)
 
 
 def whole(shape: Sequence[int]) -> Index:
     return tuple(slice(0, size) for size in shape)
 
 
-def _piece(path: str, spec: Spec, initializer_range: float, seed: int, index: Index) -> Float[np.ndarray, "..."]:
+def _piece(name: str, spec: Spec, initializer_range: float, seed: int, index: Index) -> Float[np.ndarray, "..."]:
     bounds = [part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)]
     values = np.ones([stop - start for start, stop in bounds], np.float32)
     if spec.init != "ones":
-        flat, filled, key = values.reshape(-1), 0, zlib.crc32(path.encode())
+        flat, filled, key = values.reshape(-1), 0, zlib.crc32(name.replace(".", "/").encode())
         size = math.prod(spec.shape)
         for start, stop in _runs(bounds, spec.shape):
             while start < stop:

@@ -9,7 +9,7 @@ from flax.core import meta
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.initial import Draw, initial_values, whole
+from dsv3_jax.model.initial import initial_values, whole
 from dsv3_jax.model.mtp import Depth, mtp_forward, mtp_spec
 from dsv3_jax.model.spec import Spec, SpecTree, stacked
 from dsv3_jax.model.transformer import Hidden, forward, make_context, transformer_spec
@@ -90,11 +90,10 @@ def abstract_variables(config: ModelConfig) -> Variables:
 
 def init_variables(config: ModelConfig, seed: int = 0) -> Variables:
     """Fresh parameters (`model.initial`), and a zero router bias."""
-
-    def put(path: str, spec: Spec, draw: Draw) -> Array:
-        return jnp.asarray(draw(whole(spec.shape)), config.param_dtype)
-
-    return Variables(initial_values(model_spec(config), config.initializer_range, seed, put), initial_bias(config))
+    specs = model_spec(config)
+    draws = initial_values(specs, config.initializer_range, seed)
+    params = jax.tree.map(lambda draw, spec: jnp.asarray(draw(whole(spec.shape)), config.param_dtype), draws, specs)
+    return Variables(params, initial_bias(config))
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:

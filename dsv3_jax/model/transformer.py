@@ -94,10 +94,13 @@ def embed(
     return lookup(table_VD.astype(jnp.dtype(config.compute_dtype)), tokens, placement)
 
 
+def head_name(config: ModelConfig) -> str:
+    return "embed_tokens" if config.tie_word_embeddings else "lm_head"
+
+
 def head(params: Mapping[str, Any], config: ModelConfig, placement: Placement | None = None) -> Float[Array, "V D"]:
     """The output head; on one of several tensor ranks, its rows of it."""
-    weight_VD = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
-    return gathered(weight_VD, table_spec(config), placement, config.compute_dtype)
+    return gathered(params[head_name(config)], table_spec(config), placement, config.compute_dtype)
 
 
 def logits(params: Mapping[str, Any], normed_BTD: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T V"]:

@@ -56,6 +56,10 @@ def routed_experts(
         raise ValueError(f"gates: expected float32, got {gates_NK.dtype}")
     if implementation == "auto":
         implementation = "bucketed" if jax.default_backend() == "cpu" else "ragged_dot"
+    # As varying over whatever one of them varies over, so that JAX sums a replicated one's gradient over the mesh: here, where
+    # that sum is of N rows and not of R, and before `custom_vjp`, which knows nothing of it.
+    inputs = x_ND, gates_NK, weights
+    x_ND, gates_NK, weights = varying_like(inputs, inputs)
     return _IMPLEMENTATIONS[implementation](x_ND, indices_NK, gates_NK, weights)
 
 
@@ -69,8 +73,8 @@ def _dense(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) ->
 
 
 def _ragged_dot(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
-    plan = make_plan(indices_NK, weights[0].shape[0])
-    x_ND, gates_NK, (gate, up, down) = _summed_outside(x_ND, gates_NK, weights)
+    gate, up, down = weights
+    plan = make_plan(indices_NK, gate.shape[0])
     x_RD = dispatch(x_ND, plan)
     gates_R1 = dispatch(gates_NK.reshape(-1, 1), plan._replace(row_NK=plan.row_NK.reshape(-1, 1)))
     products = (lax.ragged_dot(x_RD, w, plan.count_E, preferred_element_type=jnp.float32) for w in (gate, up))
@@ -81,17 +85,7 @@ def _ragged_dot(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weight
 
 
 def _bucketed(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
-    inputs = _summed_outside(x_ND, gates_NK, weights)
-    return _walk(*inputs, varying_like(inputs, make_plan(indices_NK, weights[0].shape[0])))
-
-
-def _summed_outside(x_ND: Array, gates_NK: Array, weights: Weights) -> tuple[Array, Array, Weights]:
-    """All three as varying over whatever one of them varies over, so that JAX sums a replicated one's gradient over the mesh.
-
-    Before anything else is done with them: that sum is then of N rows, not of R, and `custom_vjp` knows nothing of it.
-    """
-    inputs = x_ND, gates_NK, weights
-    return varying_like(inputs, inputs)
+    return _walk(x_ND, gates_NK, weights, varying_like(weights, make_plan(indices_NK, weights[0].shape[0])))
 
 
 _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Weights], Array]] = {

@@ -4,6 +4,7 @@ from dsv3_jax.parallel.mesh import EXPERT, LAYOUTS, PIPE
 from dsv3_jax.planner import pipelines
 from dsv3_jax.planner.chips import NUMBERS, Chip
 from dsv3_jax.planner.question import Question
+from dsv3_jax.planner.rows import Section
 from dsv3_jax.planner.share import FLOAT32, Share
 
 REMAT = {
@@ -13,8 +14,9 @@ REMAT = {
 }
 
 
-def assumptions(share: Share, chip: Chip, asked: Question) -> tuple[str, ...]:
-    return tuple(line for line in (*_chip(chip), *_step(share), *_links(share, chip), *_rates(share, chip, asked)) if line)
+def assumptions(share: Share, chip: Chip, asked: Question, pipeline: Section | None) -> tuple[str, ...]:
+    lines = *_chip(chip), *_step(share), *_links(share, chip), *_rates(share, asked, pipeline)
+    return tuple(line for line in lines if line)
 
 
 def _chip(chip: Chip) -> list[str]:
@@ -71,7 +73,7 @@ def _fabric(share: Share, chip: Chip) -> list[str]:
     ]
 
 
-def _rates(share: Share, chip: Chip, asked: Question) -> list[str]:
+def _rates(share: Share, asked: Question, pipeline: Section | None) -> list[str]:
     return [
         "FP8 peak for attention's projections, MLPs and experts; BF16 for scores, head, routers and MTP's projection; bytes "
         "kept and moved are those of the compute dtype all the same."
@@ -81,7 +83,7 @@ def _rates(share: Share, chip: Chip, asked: Question) -> list[str]:
         if share.config.model.compute_dtype == "float32"
         else "",
         "MFU counts the main model's causal FLOPs over the BF16 peak, as the ISCA'25 paper does." if asked.mfu else "",
-        *(pipelines.assumptions(share.sizes[PIPE], asked) if asked.schedule else []),
+        *(pipelines.assumptions(pipeline, asked.costs) if pipeline else []),
         "Hours leave out restarts, evaluation and checkpoints, and take every step at the full batch.",
         "The price is an input, the report's for an H800 unless it is given.",
         "Serving: BF16 latents, replicated over tensor ranks; decoding is bound by FP8 dispatch and BF16 combine of every "

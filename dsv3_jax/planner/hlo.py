@@ -143,7 +143,7 @@ def _walk(scope: Scope, around: _Around) -> _Tally:
             _add_loop(tally, scope, instruction, around)
         elif opcode == "conditional":
             _add_branch(tally, scope, instruction, around)
-        elif '"emitter":' in instruction.attributes and "AllReduceScatterFusion" in instruction.attributes:
+        elif opcode == "fusion" and "AllReduceScatterFusion" in instruction.attributes:  # the name of its emitter
             tally.collectives.append(_reduce_scatter(scope, instruction, around))
         elif opcode in ("fusion", "call", "async"):
             outermost = around.fusion or (instruction if opcode == "fusion" else None)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MAX_BLOCKS, MIN_BLOCK
+from dsv3_jax.model.transformer import head_name
 from dsv3_jax.parallel.mesh import EXPERT
 from dsv3_jax.planner.rows import Number
 from dsv3_jax.planner.share import FLOAT32, Share, Weight, dtype_bytes
@@ -159,7 +160,7 @@ def _loss(share: Share) -> list[Cause]:
     chunk = chunk_length(share.sequences, length, local, share.config.train.loss_chunk_elements)
     logits = share.sequences * chunk * local * (2 * FLOAT32 + share.compute_bytes)
     depths = 1 + model.num_nextn_predict_layers
-    name = "embed_tokens" if model.tie_word_embeddings else "lm_head"
+    name = head_name(model)
     copy = sum(_working_copy(share, w) for w in share.weights if w.group == name) if model.remat != "none" else 0
     gradients = vocabulary(share) * (FLOAT32 + depths * share.compute_bytes)
     return [

@@ -41,14 +41,14 @@ def section(pipe: int, q: Question) -> Section:
     return Section("schedules", title, tuple(rows), ("idle", "formula", "apart", "kept", "weights", "ranks"))
 
 
-def assumptions(pipe: int, q: Question) -> Iterator[str]:
-    c = q.costs
+def assumptions(found: Section, c: Costs) -> Iterator[str]:
+    """Of `section`'s figures."""
     yield (
         f"Pipelines are simulated with F = {c.F:g}, B = {c.B:g} (W in it), W = {c.W:g}, F&B = {c.FB:g}, a hop = {c.hop:g}: "
         "idle time of the rank that idles most, beside the published formula; activations kept at once, in micro-batches on "
         "one stage; stages whose weights a rank holds. The figures above do not contain them."
     )
-    for row in section(pipe, q).rows:
+    for row in found.rows:
         method = SCHEDULES[row.key]
         differs = "" if not row.values[2] else f"; the simulation differs, and agrees without hops for {method.exact}"
         yield f"{row.key}: a rank idles {method.formula} by the formula{differs}."

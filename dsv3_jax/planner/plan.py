@@ -24,6 +24,7 @@ def make_plan(config: Config, chip: Chip, question: Question) -> Plan:
     """Raises ValueError if the run does not divide over the chips, or a number makes no sense."""
     check(question)
     share = make_share(config, question.chips)
+    pipeline = pipelines.section(share.sizes[PIPE], question) if question.schedule else None
     sections = (
         _inputs(share, chip, question),
         _parameters(config),
@@ -33,9 +34,9 @@ def make_plan(config: Config, chip: Chip, question: Question) -> Plan:
         _time(share, chip, question),
         _cost(share, chip, question),
         _serving(share, chip, question),
-        *([pipelines.section(share.sizes[PIPE], question)] if question.schedule else []),
+        *([pipeline] if pipeline else []),
     )
-    return Plan(sections, assumptions(share, chip, question))
+    return Plan(sections, assumptions(share, chip, question, pipeline))
 
 
 def _inputs(share: Share, chip: Chip, q: Question) -> Section:

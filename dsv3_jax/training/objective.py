@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.mtp import Depth, mtp_forward, predicts_within_document, shifted
-from dsv3_jax.model.transformer import Hidden, Summary, forward, head, make_context
+from dsv3_jax.model.transformer import Hidden, Summary, forward, head, head_name, make_context
 from dsv3_jax.moe.balance import Controller, Scope, count_load
 from dsv3_jax.moe.router import Routing
 from dsv3_jax.parallel.collectives import Placement, sum_over_batch, varying_like
@@ -118,7 +118,8 @@ def depth_losses(
         # Together through a barrier: in the backward pass the head's gradient, whole and in float32, is then reduced to the
         # device's piece before the layers' turn comes, instead of lying beside all that they need. Tensor ranks, which have
         # pieces anyway, hold head and hidden states of different kinds, as `shard_map` counts, and a barrier wants equal ones.
-        params, hidden = jax.lax.optimization_barrier((_head_alone(params, config), hidden))
+        name = head_name(config.model)
+        params, hidden = jax.lax.optimization_barrier(({name: params[name]}, hidden))
     weight_VD = head(params, config.model, placement).astype(hidden[0].dtype)
     weight_VD = varying_like(hidden, weight_VD)  # before `custom_vjp`: so a rank's gradient is of its own rows
     batch_size, length, _ = hidden[0].shape
@@ -130,11 +131,6 @@ def depth_losses(
         total, nll_BT = cross_entropy(hidden_BTD, weight_VD, targets, weights, chunk, vocab_axis)
         losses.append((total, nll_BT * weights))
     return losses
-
-
-def _head_alone(params: Any, config: Config) -> Any:
-    name = "embed_tokens" if config.model.tie_word_embeddings else "lm_head"
-    return {name: params[name]}
 
 
 def by_domain(batch: Batch, nll_BT: Float[Array, "B T"], n_domains: int) -> tuple[Array, Array]:

@@ -10,9 +10,8 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.initial import Draw, initial_values
+from dsv3_jax.model.initial import initial_values
 from dsv3_jax.model.module import model_spec
-from dsv3_jax.model.spec import Spec
 from dsv3_jax.parallel.arrays import check_batch, check_streams, from_pieces, to_mesh, zeros_on_mesh
 from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.parallel.mesh import make_mesh
@@ -93,24 +92,19 @@ def first_state(config: Config, placement: Placement | None) -> TrainState:
         return jax.device_put(init_state(config), jax.local_devices()[0])
     like = abstract_placed(config, placement)
     zeros = jax.tree.map(lambda leaf: zeros_on_mesh(leaf.shape, leaf.dtype, leaf.sharding), like)
+    draws = initial_values(model_spec(config.model), config.model.initializer_range, config.train.seed)
     param_dtype = jnp.dtype(config.model.param_dtype)
 
-    def drawn(leaves: Any, dtype: Any) -> Any:
-        shardings = {_path(keys): leaf.sharding for keys, leaf in jax.tree_util.tree_leaves_with_path(leaves)}
+    def drawn(draw: Any, leaf: Any) -> Array:
+        # a master starts as the parameter that it stands for, rounded
+        return from_pieces(leaf.shape, leaf.sharding, lambda index: draw(index).astype(param_dtype).astype(leaf.dtype))
 
-        def put(path: str, spec: Spec, draw: Draw) -> Array:
-            # a master starts as the parameter that it stands for, rounded
-            return from_pieces(spec.shape, shardings[path], lambda index: draw(index).astype(param_dtype).astype(dtype))
-
-        return initial_values(model_spec(config.model), config.model.initializer_range, config.train.seed, put)
-
-    if like.opt_state.master is not None:
-        zeros = zeros._replace(opt_state=zeros.opt_state._replace(master=drawn(like.opt_state.master, jnp.float32)))
-    return zeros._replace(params=drawn(like.params, param_dtype))
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    return "/".join(key.key for key in keys)
+    if like.opt_state.master is None:
+        return zeros._replace(params=jax.tree.map(drawn, draws, like.params))
+    master = jax.tree.map(drawn, draws, like.opt_state.master)
+    stored = jax.tree.map(lambda leaf: leaf.sharding, like.params)
+    rounded = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(param_dtype), tree), out_shardings=stored)
+    return zeros._replace(params=rounded(master), opt_state=zeros.opt_state._replace(master=master))
 
 
 def averaged_params(ema: Ema, state: TrainState) -> Any:

@@ -15,7 +15,7 @@ SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
 
 def drawer(shape, seed=0, name="w"):
     spec = Spec(shape, tuple("abcd"[: len(shape)]))
-    return initial_values({"layer": {name: spec}}, 0.5, seed, lambda path, spec, draw: draw)["layer"][name]
+    return initial_values({"layer": {name: spec}}, 0.5, seed)["layer"][name]
 
 
 @settings(max_examples=60)
