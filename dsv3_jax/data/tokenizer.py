@@ -5,7 +5,7 @@ prompts without a final line break, a share of them is split again in training (
 """
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 # The order is V3's: begin, end and padding are 0, 1, 2; V3 puts the others behind its 128,000 merges, we before ours.
 SPECIAL_TOKENS = (
-    BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, "<｜User｜>", "<｜Assistant｜>", "<|EOT|>", "<｜tool▁calls▁begin｜>",
+    BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, "<|EOT|>", "<｜tool▁calls▁begin｜>",
 )  # fmt: skip
 
 # Three isolated splits, one after the other; the third's alternatives in their order: an ASCII punctuation mark with the
@@ -73,8 +74,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     return Tokenizer(backend)
 
 
-def load_tokenizer(path: str | Path, vocab_size: int) -> "Tokenizer":
-    """A `tokenizer.json`, ours or a released one.
+def load_tokenizer(path: str | Path, vocab_size: int, bos: str | int = BOS, eos: str | int = EOS) -> "Tokenizer":
+    """A `tokenizer.json`, ours or a released one; `bos` and `eos` by name or by id where they are not DeepSeek's.
 
     Raises ValueError if it is none, if it lacks BOS or EOS, or if its ids do not fit a model of `vocab_size`.
     """
@@ -85,13 +86,20 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> "Tokenizer":
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"tokenizer: {path} is not a tokenizer.json: {str(error).splitlines()[0]}") from None
-    missing = [name for name in (BOS, EOS) if backend.token_to_id(name) is None]
-    if missing:
-        raise ValueError(f"tokenizer: {path} has no token {missing[0]}; a tokenizer of the DeepSeek family is expected")
-    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    bos_name, eos_name = (_name(vocabulary, mark, path) for mark in (bos, eos))
+    size = max(vocabulary.values()) + 1
     if size > vocab_size:
         raise ValueError(f"tokenizer: {path} has ids up to {size - 1}, but vocab_size is {vocab_size}; set vocab_size={size}")
-    return Tokenizer(backend)
+    return Tokenizer(backend, bos_name, eos_name)
+
+
+def _name(vocabulary: Mapping[str, int], mark: str | int, path: Path) -> str:
+    """The name of a token given by name or by id. Raises ValueError if there is none."""
+    found = next((name for name, number in vocabulary.items() if mark in (name, number)), None)
+    if found is None:
+        raise ValueError(f"tokenizer: {path} has no token {mark}; expected DeepSeek's BOS and EOS or others that it has")
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,18 +107,23 @@ class Tokenizer:
     """Text <-> ids, and which bytes every id stands for. Special tokens stand for no bytes."""
 
     backend: tokenizers.Tokenizer
+    bos_name: str = BOS
+    eos_name: str = EOS
 
     def __post_init__(self) -> None:
-        # A document that quotes `<｜end▁of▁sentence｜>` contains these characters, not the end of a document.
+        # A document that quotes `<｜end▁of▁sentence｜>` contains these characters, not the end of a document. That holds for
+        # the marks of turns and holes too, which a released file may list as added text that is not special.
+        known = [name for name in (*SPECIAL_TOKENS, self.bos_name, self.eos_name) if self.backend.token_to_id(name) is not None]
+        self.backend.add_special_tokens(known)
         self.backend.encode_special_tokens = True
 
     @property
     def bos(self) -> int:
-        return self._special(BOS)
+        return self._special(self.bos_name)
 
     @property
     def eos(self) -> int:
-        return self._special(EOS)
+        return self._special(self.eos_name)
 
     @property
     def pad(self) -> int:
@@ -124,6 +137,13 @@ class Tokenizer:
         if any(self.backend.token_to_id(name) is None for name in (FIM_BEGIN, FIM_HOLE, FIM_END)):
             return None
         return self._special(FIM_BEGIN), self._special(FIM_HOLE), self._special(FIM_END)
+
+    @property
+    def turns(self) -> tuple[int, int] | None:
+        """Ids that open a user's and an assistant's turn; None if this tokenizer lacks one of them."""
+        if any(self.backend.token_to_id(name) is None for name in (USER, ASSISTANT)):
+            return None
+        return self._special(USER), self._special(ASSISTANT)
 
     def _special(self, name: str) -> int:
         number = self.backend.token_to_id(name)

@@ -1,6 +1,7 @@
 """RMSNorm and SwiGLU [§2.1]."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def swiglu_spec(hidden: int, width: int, axis: str = "mlp") -> SpecTree:
     }
 
 
-def swiglu(params: Mapping[str, Array], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+def swiglu(params: Mapping[str, Any], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """down(silu(gate(x)) * up(x)); weights are cast to x's dtype."""
     gate, up, down = (params[name].astype(x.dtype) for name in ("gate_proj", "up_proj", "down_proj"))
     x = varying_like(params, x)  # so that tensor ranks sum x's gradient once, and not each product's share of it

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.weights import from_bits, to_bits
+
 IN_BOUNDS = "promise_in_bounds"  # our own indices are; clamping them costs a fifth of a gather on CPU
 
 
@@ -46,19 +48,6 @@ def make_plan(indices_NK: Int[Array, "N K"], n_experts: int) -> Plan:
     end_E = jnp.searchsorted(flat_R[choice_R], jnp.arange(n_experts, dtype=jnp.int32), side="right").astype(jnp.int32)
     start_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_E[:-1]])
     return Plan(choice_R, row_R.reshape(indices_NK.shape), start_E, end_E - start_E)
-
-
-def to_bits(array: Array) -> Array:
-    """bfloat16 as integers of the same bits; any other dtype as it is. `from_bits` is the way back.
-
-    To gather, slice or update bfloat16, XLA on CPU converts the *whole* array to float32 and back. Integers it just moves.
-    """
-    return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
-
-
-def from_bits(array: Array, dtype: jnp.dtype) -> Array:
-    """The array of `dtype` whose `to_bits` is this."""
-    return lax.bitcast_convert_type(array, dtype) if dtype == jnp.bfloat16 else array
 
 
 def take_rows(values: Float[Array, "M D"], index: Int[Array, " R"]) -> Float[Array, "R D"]:

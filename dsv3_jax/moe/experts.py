@@ -14,6 +14,8 @@ block's intermediates never leave the cache. As in the report [§3.2.3], the Swi
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +23,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
-from dsv3_jax.moe.dispatch import Plan, combine, dispatch, from_bits, make_plan, sum_rows, take_rows, to_bits
+from dsv3_jax.moe.dispatch import Plan, combine, dispatch, make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import varying_like
+from dsv3_jax.weights import from_bits, is_stored, to_bits
 
-Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
+# gate and up [E, D, F], down [E, F, D]: arrays, stored weights, or each a tuple of E matrices
+Weights = tuple[Any, Any, Any]
 
 # Rows that one step of the walk handles. The last block of an expert is partly wasted; shorter ones make slower products.
 BLOCK = 64
@@ -34,14 +38,15 @@ def routed_experts(
     x_ND: Float[Array, "N D"],
     indices_NK: Int[Array, "N K"],
     gates_NK: Float[Array, "N K"],
-    experts: Mapping[str, Float[Array, "E _ _"]],
+    experts: Mapping[str, Any],
     *,
     implementation: str = "auto",
 ) -> Float[Array, "N D"]:
     """The gated sum of each token's K experts, eq. 12; differentiable in x, gates and experts.
 
-    x_ND and the experts (`gate_proj`, `up_proj` [E, D, F], `down_proj` [E, F, D]) share one compute dtype, float32 or bfloat16;
-    gates are float32; indices int32 in [0, E], distinct within a token, where E stands for no expert. Products and the sum over
+    x_ND and the experts (`gate_proj`, `up_proj` [E, D, F], `down_proj` [E, F, D]) share one compute dtype, float32 or bfloat16,
+    or the experts are stored in few bits (`dsv3_jax.weights`; not differentiable then), or they are tuples of E matrices; gates
+    are float32; indices int32 in [0, E], distinct within a token, where E stands for no expert. Products and the sum over
     k accumulate in float32, the result has x's dtype. `implementation`: "bucketed", "ragged_dot", "dense", or "auto": bucketed
     on CPU, else ragged_dot.
 
@@ -50,7 +55,11 @@ def routed_experts(
     if implementation not in ("auto", *_IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected one of {('auto', *_IMPLEMENTATIONS)}, got {implementation!r}")
     weights = (experts["gate_proj"], experts["up_proj"], experts["down_proj"])
-    if any(w.dtype != x_ND.dtype for w in weights):
+    if isinstance(weights[0], tuple):
+        if implementation not in ("auto", "bucketed"):
+            raise ValueError(f"implementation: experts by themselves need bucketed, got {implementation!r}; stack them")
+        return _walk(x_ND, gates_NK, weights, make_plan(indices_NK, len(weights[0])))
+    if any(w.dtype != x_ND.dtype and not is_stored(w) for w in weights):
         raise ValueError(f"experts: expected the dtype of x, {x_ND.dtype}, got {[str(w.dtype) for w in weights]}; cast them")
     if gates_NK.dtype != jnp.float32:
         raise ValueError(f"gates: expected float32, got {gates_NK.dtype}")
@@ -64,7 +73,7 @@ def routed_experts(
 
 
 def _dense(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
-    gate, up, down = weights
+    gate, up, down = (w.astype(x_ND.dtype) for w in weights)
     chosen_NKE = indices_NK[:, :, None] == jnp.arange(gate.shape[0], dtype=indices_NK.dtype)[None, None, :]
     coefficient_NE = jnp.sum(jnp.where(chosen_NKE, gates_NK[:, :, None], 0.0), axis=1)
     g_ENF, u_ENF = (jnp.einsum("nd,edf->enf", x_ND, w, preferred_element_type=jnp.float32) for w in (gate, up))
@@ -73,7 +82,7 @@ def _dense(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) ->
 
 
 def _ragged_dot(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
-    gate, up, down = weights
+    gate, up, down = (w.astype(x_ND.dtype) for w in weights)
     plan = make_plan(indices_NK, gate.shape[0])
     x_RD = dispatch(x_ND, plan)
     gates_R1 = dispatch(gates_NK.reshape(-1, 1), plan._replace(row_NK=plan.row_NK.reshape(-1, 1)))
@@ -113,8 +122,24 @@ def _write(rows: Array, block: Array, start: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(rows, to_bits(block), start, axis=0)
 
 
-def _weights_of(expert: Array, weight_bits: tuple[Array, ...], dtype: jnp.dtype) -> list[Array]:
-    return [from_bits(lax.dynamic_index_in_dim(w, expert, keepdims=False), dtype) for w in weight_bits]
+def _weights_of(expert: Array, weight_bits: Weights, weights: Weights, dtype: jnp.dtype) -> list[Array]:
+    """One expert's three matrices in `dtype`; `weights` says what the bits are."""
+    if isinstance(weights[0], tuple):
+        return list(lax.switch(expert, [partial(_in_dtype, own, dtype) for own in zip(*weights, strict=True)]))
+
+    def own(bits: Array, like: Array) -> Array:
+        return from_bits(lax.dynamic_index_in_dim(bits, expert, keepdims=False), like.dtype)
+
+    return [w.astype(dtype) for w in jax.tree.map(own, weight_bits, weights)]
+
+
+def _sides(down: Any) -> tuple[int, int]:
+    """Width and hidden size of the experts, stacked or not."""
+    return (down[0] if isinstance(down, tuple) else down).shape[-2:]
+
+
+def _in_dtype(weights: Any, dtype: jnp.dtype) -> Any:
+    return tuple(w.astype(dtype) for w in weights)
 
 
 def _row_inputs(gates_NK: Array, plan: Plan) -> tuple[Array, Array]:
@@ -144,11 +169,11 @@ def _for_each_block(count: Array, body: Callable, carry):
 def _walk_forward(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan):
     """-> y [N, D], and what the backward pass needs: the inputs, and both pre-activations of every row in x's dtype."""
     token_R, gates_R = _row_inputs(gates_NK, plan)
-    rows, (width, hidden), dtype = token_R.shape[0], weights[2].shape[1:], x_ND.dtype
+    rows, (width, hidden), dtype = token_R.shape[0], _sides(weights[2]), x_ND.dtype
     weight_bits = jax.tree.map(to_bits, weights)
 
     def expert_step(expert, start, count, carry):
-        gate, up, down = _weights_of(expert, weight_bits, dtype)
+        gate, up, down = _weights_of(expert, weight_bits, weights, dtype)
 
         def block_step(offset, carry):
             y_RD, g_RF, u_RF = carry
@@ -175,7 +200,7 @@ def _walk_backward(saved, dy_ND: Array):
 
     def expert_step(expert, start, count, carry):
         dx_RD, dgates_R, dweights = carry
-        gate, up, down = _weights_of(expert, weight_bits, dtype)
+        gate, up, down = _weights_of(expert, weight_bits, weights, dtype)
 
         def block_step(offset, carry):
             dx_RD, dgates_R, (dgate_FD, dup_FD, ddown_FD) = carry

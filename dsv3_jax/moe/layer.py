@@ -14,6 +14,7 @@ from dsv3_jax.moe.router import Routing, route
 from dsv3_jax.parallel.all_to_all import exchanged_experts
 from dsv3_jax.parallel.collectives import Placement, sum_over_tensor, varying_like
 from dsv3_jax.parallel.mesh import EXPERT
+from dsv3_jax.weights import is_stored
 
 
 def moe_spec(config: ModelConfig) -> SpecTree:
@@ -48,7 +49,7 @@ def moe(
     u_BTD = varying_like(params["experts"], u_BTD)  # once for all experts, shared ones too: its gradient is then summed once
     batch, length, hidden = u_BTD.shape
     flat = (batch * length, -1)
-    experts = {name: weight.astype(u_BTD.dtype) for name, weight in params["experts"].items()}
+    experts = {n: w if is_stored(w) else w.astype(u_BTD.dtype) for n, w in params["experts"].items()}
     implementation = config.experts_implementation
     if implementation == "auto" and placement is not None:
         implementation = "bucketed" if placement.platform == "cpu" else "ragged_dot"

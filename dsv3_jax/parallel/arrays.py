@@ -3,7 +3,9 @@
 Whatever happens here happens in every process alike; one process alone needs none of it to wait for anybody.
 """
 
+import collections
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,15 +32,36 @@ def to_mesh(array: Any, sharding: Sharding, dtype: Any = None) -> Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(kind))
 
 
+ALIGNMENT = 64  # bytes; JAX on CPU takes an array that lies so as it is, and copies any other
+
+
+def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """`np.empty` where JAX on CPU can use it without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(tuple(shape))
+
+
 def from_pieces(shape: tuple[int, ...], sharding: Sharding, piece: Callable[[Slices], np.ndarray]) -> Array:
-    """An array that is whole nowhere: `piece(index)` is called once for each different piece of this process' devices."""
+    """An array that is whole nowhere: `piece(index)` is called once for each different piece of this process' devices.
+
+    It returns a fresh array, which the last device to need it takes over.
+    """
     made: dict[Key, np.ndarray] = {}
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    left = collections.Counter(key_of(index, shape) for index in indices if index is not None)
 
     def of_device(index: Slices) -> np.ndarray:
         key = key_of(index, shape)
         if key not in made:
             made[key] = piece(index)
-        return made[key].copy()
+        left[key] -= 1
+        if left[key] == 0:
+            return made.pop(key)
+        own = aligned_empty(made[key].shape, made[key].dtype)
+        own[...] = made[key]
+        return own
 
     return jax.make_array_from_callback(shape, sharding, of_device)
 

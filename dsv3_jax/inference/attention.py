@@ -1,0 +1,168 @@
+"""Attention over a cache of latents [§2.1.1]: absorbed for a few queries, expanded for many.
+
+MLA remembers c_kv after its norm and the rotated k_rope, kv_lora_rank + qk_rope_head_dim numbers a token and layer: 576. The other
+kinds, for comparison, remember their rotated keys and their values. A sequence's row i of the cache is its position i; what lies
+beyond its length is never seen, and overwritten in time.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import causal_attention
+from dsv3_jax.model.mla import mla_expand, mla_latent, mla_queries, plain_heads
+from dsv3_jax.model.rope import apply_rope, softmax_scale
+from dsv3_jax.weights import from_bits, to_bits
+
+Rope = tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
+SMALLEST_VIEW = 128  # rows of the cache that are looked at, at least
+
+
+def cache_width(config: ModelConfig) -> int:
+    """Numbers that a token's row of one layer holds."""
+    if config.attention == "mla":
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    return config.n_key_value_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+
+
+def views(size: int) -> list[int]:
+    """How many rows of a cache of `size` a step may look at: its cost follows the length in steps of a third to a half."""
+    steps = [SMALLEST_VIEW]
+    while steps[-1] < size:
+        steps += [steps[-1] * 3 // 2, steps[-1] * 2]
+    return [*(s for s in steps if s < size), size]
+
+
+def cached_attention(
+    params: Mapping[str, Any],
+    x_BTD: Float[Array, "B T D"],
+    rows_BSC: Float[Array, "B S C"],
+    start_B: Int[Array, " B"],
+    rope: Rope,
+    config: ModelConfig,
+    *,
+    absorbed: bool,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B S C"]]:
+    """T tokens of each sequence, from position `start` on, see themselves and what the cache has before them.
+
+    Returns what attention adds, and the cache with their rows written. `absorbed` multiplies queries into the latent's space and
+    never makes a key; without it keys and values of all heads are expanded. MLA only; the others do the same in both cases.
+    """
+    q_BHTK, new_BTC = (_mla_query_and_row if config.attention == "mla" else _plain_query_and_row)(params, x_BTD, rope, config)
+    rows_BSC = written(rows_BSC, new_BTC, start_B)
+    kinds = {"mla": _absorbed if absorbed else _expanded}
+    attend = partial(kinds.get(config.attention, _plain), params, config=config)
+    length, sizes = x_BTD.shape[1], views(rows_BSC.shape[1])
+
+    def over(size: int) -> Callable[[], Array]:
+        def view() -> Array:
+            return attend(q_BHTK, rows_BSC[:, :size], visible_BTS(start_B, length, size))
+
+        return view
+
+    branches, needed = [over(size) for size in sizes], start_B.max() + length
+    which = jnp.searchsorted(jnp.array(sizes, jnp.int32), needed.astype(jnp.int32)).astype(jnp.int32)
+    if not absorbed and length > 1:  # the beginning of prompts: nothing is cached before it
+
+        def first() -> Array:
+            return _first(params, q_BHTK, new_BTC, config)
+
+        branches, which = [first, *branches], jnp.where(start_B.max() == 0, 0, which + 1)
+    out_BHTW = branches[0]() if len(branches) == 1 else lax.switch(which, branches)
+    return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype)), rows_BSC
+
+
+def written(rows_BSC: Array, new_BTC: Array, start_B: Array) -> Array:
+    """`new` at positions start, start + 1, ... of each sequence."""
+    bits, new = to_bits(rows_BSC), to_bits(new_BTC.astype(rows_BSC.dtype))
+    for b in range(rows_BSC.shape[0]):
+        bits = lax.dynamic_update_slice(bits, new[b : b + 1], (b, start_B[b], 0))
+    return from_bits(bits, rows_BSC.dtype)
+
+
+def visible_BTS(start_B: Array, length: int, size: int) -> Array:
+    """Which rows each query sees: those up to its own position."""
+    position_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+    return jnp.arange(size, dtype=jnp.int32)[None, None, :] <= position_BT[:, :, None]
+
+
+def _mla_query_and_row(params: Mapping[str, Any], x_BTD: Array, rope: Rope, config: ModelConfig) -> tuple[Array, Array]:
+    q_content, q_rope = mla_queries(params, x_BTD, config)
+    c_kv_BTC, k_rope_BTR = mla_latent(params, x_BTD, config)
+    k_rope_BTR = apply_rope(k_rope_BTR[:, None], *rope)[:, 0]
+    q_BHTK = jnp.concatenate([q_content, apply_rope(q_rope, *rope)], axis=-1)
+    return q_BHTK, jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)
+
+
+def _absorbed(params: Mapping[str, Any], q_BHTK: Array, rows_BSC: Array, visible: Array, *, config: ModelConfig) -> Array:
+    """q^ = K_i^T q; one key of 576 and one value of 512 for all heads; V_i after the sum. The products of facts 'absorb'."""
+    nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
+    kv_b_CHD = params["kv_b_proj"].astype(q_BHTK.dtype)
+    q_latent = jnp.einsum("bhtd,chd->bhtc", q_BHTK[..., :nope], kv_b_CHD[..., :nope])
+    q_rows = jnp.concatenate([q_latent, q_BHTK[..., nope:]], axis=-1)
+    # Heads and queries side by side, one product a sequence; the rotary channels go along in the sum and are dropped after it.
+    batch, heads, length, _ = q_rows.shape
+    scores = jnp.einsum("bnc,bsc->bns", q_rows.reshape(batch, heads * length, -1), rows_BSC, preferred_element_type=jnp.float32)
+    weights = _softmax(scores.reshape(batch, heads, length, -1), visible, config)
+    weights = weights.astype(rows_BSC.dtype).reshape(batch, heads * length, -1)
+    z_BHTC = jnp.einsum("bns,bsc->bnc", weights, rows_BSC).reshape(batch, heads, length, -1)[..., :rank]
+    return jnp.einsum("bhtc,chw->bhtw", z_BHTC.astype(q_BHTK.dtype), kv_b_CHD[..., nope:])
+
+
+def _softmax(scores_BHTS: Array, visible_BTS: Array, config: ModelConfig) -> Array:
+    scores = jnp.where(visible_BTS[:, None], scores_BHTS * softmax_scale(config), -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _keys_and_values(params: Mapping[str, Any], rows_BSC: Array, config: ModelConfig) -> tuple[Array, Array]:
+    """All heads' keys [B, H, S, K] and values, from rows of latents."""
+    k_content, v = mla_expand(params, rows_BSC[..., : config.kv_lora_rank], config)
+    k_rope = rows_BSC[:, None, :, config.kv_lora_rank :]
+    k_rope = jnp.broadcast_to(k_rope, (*k_content.shape[:3], k_rope.shape[-1]))
+    return jnp.concatenate([k_content, k_rope], axis=-1), v
+
+
+def _expanded(params: Mapping[str, Any], q_BHTK: Array, rows_BSC: Array, visible: Array, *, config: ModelConfig) -> Array:
+    k_BHSK, v_BHSW = _keys_and_values(params, rows_BSC.astype(q_BHTK.dtype), config)
+    scores = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
+    weights = _softmax(scores, visible, config)
+    return jnp.einsum("bhts,bhsw->bhtw", weights.astype(v_BHSW.dtype), v_BHSW)
+
+
+def _first(params: Mapping[str, Any], q_BHTK: Array, rows_BTC: Array, config: ModelConfig) -> Array:
+    """Queries that see only each other: half of the square is not computed."""
+    if config.attention == "mla":
+        k, v = _keys_and_values(params, rows_BTC, config)
+    else:
+        k, v = _plain_keys_and_values(rows_BTC, config)
+    q = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=k.shape[1])
+    return rearrange(causal_attention(q, k, v, None, softmax_scale(config)), "b g q t w -> b (g q) t w")
+
+
+def _plain_query_and_row(params: Mapping[str, Any], x_BTD: Array, rope: Rope, config: ModelConfig) -> tuple[Array, Array]:
+    heads = plain_heads(params, x_BTD, config)
+    q = jnp.concatenate([heads.q_content_BHTC, apply_rope(heads.q_rope_BHTR, *rope)], axis=-1)
+    row = jnp.concatenate([heads.k_content_BGTC, apply_rope(heads.k_rope_BGTR, *rope), heads.v_BGTW], axis=-1)
+    return q, rearrange(row, "b g t c -> b t (g c)")
+
+
+def _plain_keys_and_values(rows_BSC: Array, config: ModelConfig) -> tuple[Array, Array]:
+    apart = rearrange(rows_BSC, "b s (g c) -> b g s c", g=config.n_key_value_heads)
+    k, v = jnp.split(apart, [config.qk_nope_head_dim + config.qk_rope_head_dim], axis=-1)
+    return k, v
+
+
+def _plain(params: Mapping[str, Any], q_BHTK: Array, rows_BSC: Array, visible: Array, *, config: ModelConfig) -> Array:
+    k, v = _plain_keys_and_values(rows_BSC.astype(q_BHTK.dtype), config)
+    q = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=k.shape[1])
+    scores = jnp.einsum("bgqtk,bgsk->bgqts", q, k, preferred_element_type=jnp.float32)
+    flat = rearrange(scores, "b g q t s -> b (g q) t s")
+    weights = rearrange(_softmax(flat, visible, config), "b (g q) t s -> b g q t s", g=k.shape[1])
+    return rearrange(jnp.einsum("bgqts,bgsw->bgqtw", weights.astype(v.dtype), v), "b g q t w -> b (g q) t w")

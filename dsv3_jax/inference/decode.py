@@ -1,0 +1,153 @@
+"""Decoding with a latent cache [§2.1.1]: prompts in chunks, then one compiled step, whatever the length.
+
+Sequences of a batch have lengths of their own. A cache row is a position; rows beyond a sequence's length hold whatever a longer
+neighbour's chunk left there, are never seen, and are overwritten as the sequence grows.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference.attention import cache_width, cached_attention
+from dsv3_jax.inference.experts import moe
+from dsv3_jax.inference.serving import Serving
+from dsv3_jax.model.layers import rms_norm, swiglu
+from dsv3_jax.model.rope import rope_tables
+
+
+class Cache(NamedTuple):
+    """One array [B, S, 512 + 64] a layer, in the compute dtype; `depths`: of the MTP modules, if they draft."""
+
+    layers: tuple[Float[Array, "B S C"], ...]
+    depths: tuple[Float[Array, "B S C"], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Positions that fit."""
+        return self.layers[0].shape[1]
+
+
+def make_cache(config: ModelConfig, batch: int, size: int, *, depths: int = 0) -> Cache:
+    """Room for `size` positions of `batch` sequences."""
+    shape, dtype = (batch, size, cache_width(config)), jnp.dtype(config.compute_dtype)
+
+    def layers(n: int) -> tuple[Array, ...]:
+        return tuple(jnp.zeros(shape, dtype) for _ in range(n))
+
+    return Cache(layers(config.num_hidden_layers), layers(depths))
+
+
+class Stream(NamedTuple):
+    """What a forward pass over new tokens gives: hidden states before and after the final norm."""
+
+    residual_BTD: Float[Array, "B T D"]
+    normed_BTD: Float[Array, "B T D"]
+
+
+def extend(
+    model: Serving,
+    rows: tuple[Array, ...],
+    tokens_BT: Int[Array, "B T"],
+    start_B: Int[Array, " B"],
+    config: ModelConfig,
+    *,
+    absorbed: bool,
+) -> tuple[Stream, tuple[Array, ...]]:
+    """The main model on T new tokens of every sequence, from position `start` on; `rows` are the layers' caches."""
+    x_BTD = lookup(model, tokens_BT, config)
+    rope, new = positions(start_B, tokens_BT.shape[1], config), []
+    for (params, bias_E), layer_rows in zip(model.layers, rows, strict=True):
+        x_BTD, layer_rows = cached_block(params, bias_E, x_BTD, layer_rows, start_B, rope, config, absorbed=absorbed)
+        new.append(layer_rows)
+    return Stream(x_BTD, rms_norm(x_BTD, model.norm, config.rms_norm_eps)), tuple(new)
+
+
+def lookup(model: Serving, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
+    return model.embed_tokens[tokens_BT].astype(jnp.dtype(config.compute_dtype))
+
+
+def positions(start_B: Array, length: int, config: ModelConfig) -> tuple[Array, Array]:
+    """Rotary tables of `length` positions from `start` on."""
+    return rope_tables(start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :], config)
+
+
+def cached_block(
+    params: Any, bias_E: Any, x_BTD: Array, rows_BSC: Array, start_B: Array, rope: Any, config: ModelConfig, *, absorbed: bool
+) -> tuple[Array, Array]:
+    """As `dsv3_jax.model.transformer.block`, with a cache."""
+    normed = rms_norm(x_BTD, params["input_layernorm"], config.rms_norm_eps)
+    attended, rows_BSC = cached_attention(params["self_attn"], normed, rows_BSC, start_B, rope, config, absorbed=absorbed)
+    x_BTD = x_BTD + attended
+    normed = rms_norm(x_BTD, params["post_attention_layernorm"], config.rms_norm_eps)
+    out = swiglu(params["mlp"], normed) if bias_E is None else moe(params["mlp"], bias_E, normed, config)[0]
+    return x_BTD + out, rows_BSC
+
+
+def project(model: Serving, normed_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """float32 logits."""
+    return jnp.einsum("bd,vd->bv", normed_BD, model.lm_head.astype(normed_BD.dtype), preferred_element_type=jnp.float32)
+
+
+# --- prompts
+
+
+class Prompts(NamedTuple):
+    """Token ids of prompts, padded on the right, and their lengths."""
+
+    tokens_BT: Int[np.ndarray, "B T"]
+    length_B: Int[np.ndarray, " B"]
+
+
+def padded(prompts: Any, chunk: int) -> Prompts:
+    """Prompts side by side, to whole chunks. Raises ValueError for none, or an empty one."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(lengths) or not lengths.min():
+        raise ValueError(
+            "prompts: expected at least one token in each, got " + ("none" if not len(lengths) else "an empty one")
+        )
+    tokens = np.zeros((len(lengths), -(-int(lengths.max()) // chunk) * chunk), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return Prompts(tokens, lengths)
+
+
+@lru_cache(maxsize=8)
+def _compiled_chunk(config: ModelConfig) -> Any:
+    def chunk(
+        model: Serving, rows: tuple[Array, ...], tokens_BT: Array, start: Array, last_B: Array, hidden_BD: Array
+    ) -> tuple[Stream, tuple[Array, ...], Array]:
+        """`hidden` of the prompts' last tokens is taken over from the chunk that they lie in."""
+        batch, length = tokens_BT.shape
+        stream, rows = extend(model, rows, tokens_BT, jnp.broadcast_to(start, (batch,)), config, absorbed=False)
+        place_B = last_B - start
+        own = jnp.take_along_axis(stream.normed_BTD, jnp.clip(place_B, 0, length - 1)[:, None, None], axis=1)[:, 0]
+        here = ((place_B >= 0) & (place_B < length))[:, None]
+        return stream, rows, jnp.where(here, own, hidden_BD)
+
+    return jax.jit(chunk, donate_argnums=(1,))
+
+
+class Prefilled(NamedTuple):
+    cache: Cache
+    hidden_BD: Float[Array, "B D"]  # of each prompt's last token, after the final norm
+    streams: tuple[Stream, ...]  # of the chunks, if they were kept
+
+
+def prefill(
+    model: Serving, cache: Cache, prompts: Prompts, config: ModelConfig, *, chunk: int, keep: bool = False
+) -> Prefilled:
+    """Runs the prompts through the model, `chunk` tokens at a time, keys and values expanded. The cache is donated."""
+    compiled, rows = _compiled_chunk(config), cache.layers
+    hidden = jnp.zeros((len(prompts.length_B), config.hidden_size), jnp.dtype(config.compute_dtype))
+    last, streams = jnp.asarray(prompts.length_B - 1), []
+    for start in range(0, prompts.tokens_BT.shape[1], chunk):
+        tokens = jnp.asarray(prompts.tokens_BT[:, start : start + chunk])
+        stream, rows, hidden = compiled(model, rows, tokens, jnp.int32(start), last, hidden)
+        if keep:
+            streams.append(stream)
+    return Prefilled(cache._replace(layers=rows), hidden, tuple(streams))
