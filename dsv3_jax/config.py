@@ -282,6 +282,8 @@ class DataConfig:
     domain_from: str = "path"  # path: the parent folder's name; or a field of the JSONL/Parquet records
     text_field: str = "text"
     domain_bytes: int | None = None  # a sample of about so many bytes of each larger domain; null: all of it
+    retrieval_bytes: int = 0  # so many bytes of generated key-value retrieval documents beside the corpus, a domain more
+    retrieval_context: int | None = None  # tokens of the longest of them; null: seq_len
     tokenizer: str = "train"  # train: a byte-level BPE of vocab_size entries on the corpus; or a tokenizer.json
     cache_dir: str = "~/.cache/dsv3_jax"
     seq_len: int = 4096
@@ -303,6 +305,9 @@ class DataConfig:
         )
         cap = self.domain_bytes
         require(cap is None or cap > 0, f"domain_bytes: expected null or > 0, got {cap}")
+        require(self.retrieval_bytes >= 0, f"retrieval_bytes: expected 0 or more, got {self.retrieval_bytes}")
+        context = self.retrieval_context
+        require(context is None or context > 0, f"retrieval_context: expected null or > 0, got {context}")
         for name in ("fim_rate", "punctuation_split_rate"):
             require(0 <= getattr(self, name) <= 1, f"{name}: expected 0..1, got {getattr(self, name)}")
         require(0 < self.holdout_fraction < 1, f"holdout_fraction: expected 0 < fraction < 1, got {self.holdout_fraction}")

@@ -1,7 +1,7 @@
 """Presets: DeepSeek-V3 as released, its relatives, and sizes that train on a laptop [§4.2].
 
 A released preset carries the released YaRN window. To pre-train at 4K as the report does, before the extension of §4.3,
-set `rope_scaling=null`.
+set `rope_scaling=null`; then `deepseek_v3_671b_32k` begins with that run's weights, and `deepseek_v3_671b_128k` with its.
 """
 
 from dataclasses import replace
@@ -49,6 +49,29 @@ GLM_4_7_FLASH = ModelConfig(
     rope_theta=1_000_000.0, rope_scaling=None, max_position_embeddings=202752, rms_norm_eps=1e-5,
 )  # fmt: skip
 
+
+
+def extended(config: Config, seq_len: int, rope_scaling: RopeScaling, steps: int) -> Config:
+    """A phase of the long-context extension [§4.3] of the run `config`; it begins with that run's weights or with a phase's.
+
+    As published: YaRN, longer sequences with as many tokens a step as before, at the constant rate with which pre-training
+    ends. Not disclosed is whether that rate is warmed up (here it is not), and what else carries over: here router bias and MTP
+    weight stay as at the end of pre-training, at speed 0 and the late weight.
+    """
+    train, data = config.train, config.data
+    rate, sequences = train.learning_rate_final, max(1, train.batch_size * data.seq_len // seq_len)
+    return replace(
+        config,
+        model=replace(config.model, rope_scaling=rope_scaling),
+        train=replace(
+            train, steps=steps, batch_size=sequences, batch_size_start=sequences, micro_batch_size=None, warmup_steps=0,
+            learning_rate=rate, learning_rate_min=rate, bias_update_speed=0.0, mtp_loss_weight=train.mtp_loss_weight_late,
+        ),
+        # as many tokens are shuffled together as before, which is what the host has memory for
+        data=replace(data, seq_len=seq_len, shuffle_windows=max(1, data.shuffle_windows * data.seq_len // seq_len)),
+    )  # fmt: skip
+
+
 # For tests, ablations and laptops: every mechanism of V3, small.
 _SMALL: dict[str, Any] = dict(rope_scaling=None, max_position_embeddings=4096, compute_dtype="float32", remat="none")
 
@@ -64,6 +87,14 @@ QUICK = ModelConfig(
     first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=64, kv_lora_rank=48,
     qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16, num_experts_per_tok=4, n_group=4,
     topk_group=2, initializer_range=0.05, **_SMALL,
+)  # fmt: skip
+
+# Learns to find needles in minutes: see `experiments.extend`. The rotary base is to the window of 256 as 10,000 is to 4,096.
+NEEDLES = ModelConfig(
+    vocab_size=768, hidden_size=64, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=2,
+    first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=64,
+    qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=24, rope_theta=625.0, n_routed_experts=8, num_experts_per_tok=2,
+    n_group=4, topk_group=2, num_nextn_predict_layers=0, initializer_range=0.12, **_SMALL,
 )  # fmt: skip
 
 # The two shapes of the benchmarks.
@@ -88,8 +119,20 @@ _SMALL_TRAIN = TrainConfig(
 )  # fmt: skip
 _SMALL_DATA = DataConfig(seq_len=256, domain_bytes=600_000)
 
+_NEEDLES = Config(
+    model=NEEDLES,
+    train=replace(
+        _SMALL_TRAIN, steps=1000, batch_size=16, batch_size_start=16, warmup_steps=50, learning_rate=5e-3,
+        learning_rate_min=1e-3, learning_rate_final=1e-3, ema_decay=0.0,
+    ),
+    data=DataConfig(seq_len=256, domain_bytes=50_000, retrieval_bytes=4_000_000, fim_rate=0.0, eval_sequences=56),
+)  # fmt: skip
+_NEEDLES_YARN = RopeScaling(factor=20.0, original_max_position_embeddings=256)
+
 PRESETS: dict[str, Config] = {
     "deepseek_v3_671b": Config(model=DEEPSEEK_V3_671B),
+    "deepseek_v3_671b_32k": extended(Config(), 32 * 1024, RopeScaling(), steps=1000),
+    "deepseek_v3_671b_128k": extended(Config(), 128 * 1024, RopeScaling(), steps=1000),
     "deepseek_v2": Config(model=DEEPSEEK_V2),
     "deepseek_v2_lite": Config(model=DEEPSEEK_V2_LITE),
     "moonlight_16b_a3b": Config(model=MOONLIGHT_16B_A3B),
@@ -97,6 +140,9 @@ PRESETS: dict[str, Config] = {
     "glm_4_7_flash": Config(model=GLM_4_7_FLASH),
     "tiny": Config(model=TINY, train=_SMALL_TRAIN, data=replace(_SMALL_DATA, seq_len=128)),
     "quick": Config(model=QUICK, train=replace(_SMALL_TRAIN, steps=1300), data=_SMALL_DATA),
+    "needles": _NEEDLES,
+    "needles_1k": extended(_NEEDLES, 1024, _NEEDLES_YARN, steps=150),
+    "needles_4k": extended(_NEEDLES, 4096, _NEEDLES_YARN, steps=150),
     "bench": Config(model=BENCH, train=_SMALL_TRAIN, data=_SMALL_DATA),
     "mid": Config(model=MID, train=_SMALL_TRAIN, data=_SMALL_DATA),
 }

@@ -26,15 +26,15 @@ def bench_config(size: str, dtype: str, settings: Mapping[str, str]) -> Config:
     return override(preset(size), {**shape, "compute_dtype": dtype, **settings})
 
 
-def peer_command(template: str, size: str) -> list[str]:
-    """The words of `template` with `{size}` filled in. Raises ValueError if it is empty or its quotes do not match."""
+def peer_command(template: str, size: str, what: str = "train") -> list[str]:
+    """The words of `template`, `{size}` and `{what}` filled in. Raises ValueError if it is empty or its quotes do not match."""
     try:
         words = shlex.split(template)
     except ValueError as error:
         raise ValueError(f"--peer: cannot read {template!r} as a command: {error}") from None
     if not words:
         raise ValueError("--peer: expected a command, got an empty string")
-    return [word.replace("{size}", size) for word in words]
+    return [word.replace("{size}", size).replace("{what}", what) for word in words]
 
 
 def run_lines(command: Sequence[str], timeout: float) -> list[Line]:
@@ -77,17 +77,17 @@ def _json_objects(text: str) -> Iterator[Line]:
             yield value
 
 
-def best_training(lines: Sequence[Line], size: str) -> Line:
-    """The fastest training line of `size` (a program may print one for each of its modes).
+def best_line(lines: Sequence[Line], size: str, what: str = "train") -> Line:
+    """The fastest line of `size` on `what` (a program may print one for each of its modes: train, train_compile, ...).
 
     Raises ValueError, with the program's own error where its lines hold one, if there is none.
     """
-    ours = [line for line in lines if line.get("size") == size and str(line.get("what", "train")).startswith("train")]
+    ours = [line for line in lines if line.get("size") == size and str(line.get("what", "train")).startswith(what)]
     timed = [line for line in ours if isinstance(line.get("tokens_per_s"), int | float) and line["tokens_per_s"] > 0]
     if timed:
         return max(timed, key=lambda line: line["tokens_per_s"])
     errors = [str(line["error"]) for line in ours if "error" in line]
-    raise ValueError(f"no training line with tokens_per_s for size {size!r}" + (f": {errors[0]}" if errors else ""))
+    raise ValueError(f"no line on {what} with tokens_per_s for size {size!r}" + (f": {errors[0]}" if errors else ""))
 
 
 def alternate(ours: Callable[[], Line], peer: Callable[[], Line], pairs: int) -> list[tuple[Line, Line]]:
@@ -98,7 +98,8 @@ def alternate(ours: Callable[[], Line], peer: Callable[[], Line], pairs: int) ->
 def ratios(pairs: Sequence[tuple[Line, Line]]) -> Line:
     """Ours over the peer's, pair by pair, and the median; only quantities that every line holds."""
     first = pairs[0][0]
-    line: Line = {"size": first.get("size"), "what": "ratio ours/peer", "dtype": first.get("dtype"), "pairs": len(pairs)}
+    what = f"{first.get('what', 'train')}: ratio ours/peer"
+    line: Line = {"size": first.get("size"), "what": what, "dtype": first.get("dtype"), "pairs": len(pairs)}
     for quantity in ("tokens_per_s", "tokens_per_cpu_s", "first_call_s", "peak_rss_mb"):
         if all(side.get(quantity) for pair in pairs for side in pair):
             each = [ours[quantity] / peer[quantity] for ours, peer in pairs]

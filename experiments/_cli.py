@@ -1,6 +1,7 @@
 """What the experiments' mains share: flags to a Config, and every foreseeable error as one line."""
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -86,10 +87,10 @@ def run(main: Callable[[], int | None]) -> None:
             return _fail(f"unexpected argument {argv[1]!r}; flags look like --name=value")
         try:
             return main()
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
             if _job is not None:
                 _job.blame(error)
-            _fail(str(error))
+            _fail(str(error) or type(error).__name__)
             return _leave(str(error), FAILED)
         except KeyboardInterrupt:
             print("stopped at once; complete checkpoints stay", file=sys.stderr, flush=True)
@@ -104,11 +105,16 @@ def run(main: Callable[[], int | None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return flags.FLAGS(argv)
+            return flags.FLAGS(with_underscores(argv))
         except flags.Error as error:
             sys.exit(_fail(str(error)))
 
     app.run(guarded, flags_parser=parse)
+
+
+def with_underscores(argv: list[str]) -> list[str]:
+    """`--stream-layers` is `--stream_layers`: dashes in the name of a flag, not in its value."""
+    return [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), argument) for argument in argv]
 
 
 def _leave(reason: str, status: int) -> int:

@@ -59,12 +59,12 @@ def _ours(size: str, dtype: str) -> _bench.Line:
     lines = _bench.run_lines(command, _TIMEOUT.value)
     for line in lines:
         _print(line)
-    return _bench.best_training(lines, size)
+    return _bench.best_line(lines, size)
 
 
 def _peer(command: str, size: str) -> _bench.Line:
     lines = _bench.run_lines(_bench.peer_command(command, size), _TIMEOUT.value)
-    line = _bench.best_training(lines, size)
+    line = _bench.best_line(lines, size)
     _print({"peer": True, **line})
     return line
 

@@ -2,11 +2,13 @@
 
     python -m experiments.convert --source=DIR --target=DIR --format=hf|orbax [--dtype=keep|float32|bfloat16|fp8]
 
-`--dtype=keep` changes no byte of any tensor. `fp8` is the released block-quantised format (`--scales=ue8m0` for scales that are
-powers of two). A conversion that was stopped goes on with the same command; until it is complete, the target has no config.json.
+`--dtype=keep` changes no byte of any tensor, and by way of orbax to hf again no byte of any file. `fp8` is the released format
+(`--scales=ue8m0` for scales that are powers of two); what is FP8 already stays as it is. A conversion that was stopped goes on
+with the same command; until it is complete, the target has no config.json. Seconds a GB, and memory for two tensors.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from absl import flags
 from tqdm import tqdm
@@ -31,13 +33,15 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     for name in ("source", "target"):
         if not getattr(values, name):
             raise ValueError(f"--{name}: expected a folder, got none")
+    if not values.shard_gb > 0:
+        raise ValueError(f"--shard_gb: expected a positive number, got {values.shard_gb}")
     if values.scales not in ("float32", "ue8m0"):
         raise ValueError(f"--scales: expected float32 or ue8m0, got {values.scales!r}")
     source = open_source(values.source, mtp=values.mtp, average=values.average)
-    with tqdm(unit="B", unit_scale=True, desc="written", dynamic_ncols=True) as bar:
+    with ExitStack() as stack:
 
         def progress(total: int) -> Callable[[int], None]:
-            bar.reset(total)
+            bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="written", dynamic_ncols=True))
             return lambda done: bar.update(done) and None
 
         convert(

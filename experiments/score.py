@@ -5,7 +5,8 @@
 DIR: a released Hugging Face folder, one that `experiments.convert` wrote, or a training run's; T: integers [batch, seq].
 O holds `logits` [B,T,V] and `hidden` [B,T,D] (after the final norm), float32; `router_indices` [L,B,T,K] int32, of the main
 model's MoE layers, by descending biased score; `router_weights`, float32, aligned with it; with MTP `mtp_logits` [depth,B,T,V]
-and `mtp_router_indices` [depth,B,T,K]: row i of depth k is fed by positions i and i+k and predicts i+k+1; unused rows are NaN, -1.
+and `mtp_router_indices` [depth,B,T,K]: row i of depth k is fed by positions i and i+k and predicts i+k+1; unused rows hold NaN
+and -1.
 `--stream_layers` reads one layer at a time: a model larger than memory needs one layer and the activations. `--set=layout=...`
 divides the rows, and the experts, among all devices.
 """
@@ -59,8 +60,8 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     if values.dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {values.dtype!r}")
     tokens, out = read_tokens(Path(values.tokens)), Path(values.out)
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out: no folder {out.absolute().parent}")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that is there, got {out}")
     source = open_source(values.checkpoint, compute_dtype=values.dtype, mtp=values.mtp, average=values.average)
     check_tokens(tokens, source.config)
     placement = placement_from(values.set, source.config.n_routed_experts)
@@ -80,7 +81,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
 def read_tokens(path: Path) -> np.ndarray:
     """Raises ValueError, one line, if the file is no array of integers."""
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # what a header promises is not allocated
     except FileNotFoundError:
         raise ValueError(f"--tokens: no file {path}") from None
     except (OSError, ValueError, EOFError) as error:

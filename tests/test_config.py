@@ -39,6 +39,8 @@ from oracles.unchecked import unchecked
         (lambda: TrainConfig(lr_decay_start_tokens=15e12), "lr_decay_start_tokens <= lr_decay_end_tokens <= .* expected, got"),
         (lambda: DataConfig(seq_len=1), "seq_len: expected at least 2, got 1"),
         (lambda: DataConfig(fim_rate=1.5), r"fim_rate: expected 0..1, got 1.5"),
+        (lambda: DataConfig(retrieval_bytes=-1), "retrieval_bytes: expected 0 or more, got -1"),
+        (lambda: DataConfig(retrieval_context=0), "retrieval_context: expected null or > 0, got 0"),
         (lambda: DataConfig(holdout_fraction=0.0), "holdout_fraction: expected 0 < fraction < 1, got 0.0"),
     ],
 )  # fmt: skip

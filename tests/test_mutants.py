@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import pytest
 
+import dsv3_jax.interop.read as read
 import dsv3_jax.model.mla as mla
 import dsv3_jax.model.mtp as mtp
 import dsv3_jax.model.rope as rope
@@ -18,7 +19,7 @@ import dsv3_jax.moe.layer as layer
 import dsv3_jax.moe.router as router
 import dsv3_jax.training.objective as objective
 import dsv3_jax.training.step as step
-from oracles import checks_attention, checks_balance, checks_mtp, checks_router, checks_step, faults
+from oracles import checks_attention, checks_balance, checks_loader, checks_mtp, checks_router, checks_step, faults
 
 
 class Mutant(NamedTuple):
@@ -128,6 +129,17 @@ MUTANTS = [
            [(rope, "rope_frequencies", faults.frequencies_without_yarn)]),
     Mutant("12 every frequency interpolated", checks_attention.check_known_frequencies,
            [(rope, "rope_frequencies", faults.frequencies_all_interpolated)]),
+    Mutant("11 MTP read under a fixed number only", checks_loader.check_mtp_is_found_by_the_depth,
+           [(read, "_fill", faults.fill_layer_61_alone)]),
+    Mutant("11 every depth reads the first module", checks_loader.check_mtp_is_found_by_the_depth,
+           [(read, "_fill", faults.fill_with_first_mtp_layer)]),
+    Mutant("12 rotary rows read in halves", checks_loader.check_heads_are_told_apart,
+           [(read, "fill_matrix", faults.fill_in_halves)]),
+    Mutant("13 scales ignored", checks_loader.check_fp8_is_multiplied_out, [(read, "fill_matrix", faults.fill_without_scale)]),
+    Mutant("13 edge blocks take their neighbour's scale", checks_loader.check_fp8_is_multiplied_out,
+           [(read, "fill_matrix", faults.fill_with_neighbours_scale)]),
+    Mutant("13 blocks counted from the far edge", checks_loader.check_fp8_is_multiplied_out,
+           [(read, "fill_matrix", faults.fill_with_shared_scale)]),
     Mutant("14 MTP divided by its micro-batch", STEP, [(step, "objective", faults.scaled_share("mtp"))]),
     Mutant("14 balance divided by its micro-batch", STEP, [(step, "objective", faults.scaled_share("balance"))]),
     Mutant("14 main loss divided by its micro-batch", plain_step, [(step, "objective", faults.scaled_share("main"))]),

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from dsv3_jax.presets import PRESETS, preset
+from dsv3_jax.training import schedules
 
 NAMES = (
     "deepseek_v2_lite", "deepseek_v2", "moonlight_16b_a3b", "kimi_k2", "glm_4_7_flash", "deepseek_v3_671b",
@@ -66,6 +67,31 @@ def test_deepseek_v3_preset_trains_by_the_published_recipe():
     assert (train.controller, train.bias_update_speed, train.bias_update_stop_tokens) == ("sign", 1e-3, 14.3e12)
     assert (train.mtp_loss_weight, train.mtp_loss_weight_late, train.mtp_late_tokens) == (0.3, 0.1, 10e12)
     assert preset("deepseek_v3_671b").model.initializer_range == 0.006
+
+
+@pytest.mark.parametrize(("name", "seq_len", "sequences"), [("32k", 32768, 1920), ("128k", 131072, 480)])
+def test_the_phases_of_the_extension_hold_the_published_values(name, seq_len, sequences):
+    config = preset(f"deepseek_v3_671b_{name}")
+    train, total = config.train, schedules.total_tokens(config)
+    assert (config.data.seq_len, train.batch_size, train.batch_size_start) == (seq_len, sequences, sequences)
+    assert schedules.total_steps(config) == 1000 and total == 62_914_560_000
+    for tokens, step in ((0, 1), (total // 2, 500), (total - 1, 1000)):
+        assert schedules.learning_rate(train, tokens, total, step) == 7.3e-6
+        assert schedules.bias_update_speed(train, tokens, total) == 0
+        assert schedules.mtp_loss_weight(train, tokens, total) == 0.1
+    assert dataclasses.astuple(config.model.rope_scaling)[1:] == YARN["deepseek_v3_671b"]
+    assert config.model == preset("deepseek_v3_671b").model
+    assert config.data.shuffle_windows * seq_len == 4096 * 4096, "the host holds as many tokens as in pre-training"
+
+
+def test_the_small_extension_keeps_the_published_ratios():
+    phases = [preset(name) for name in ("needles", "needles_1k", "needles_4k")]
+    assert [c.data.seq_len for c in phases] == [256, 1024, 4096]
+    assert len({c.train.batch_size * c.data.seq_len for c in phases}) == 1
+    assert phases[0].model.rope_scaling is None and phases[0].data.retrieval_bytes > 0
+    yarn = phases[1].model.rope_scaling
+    assert yarn == phases[2].model.rope_scaling and yarn.original_max_position_embeddings == 256
+    assert yarn.factor / (4096 / 256) == 40 / (131072 / 4096)
 
 
 def test_unknown_preset_lists_the_known_ones():

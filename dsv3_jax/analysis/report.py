@@ -8,6 +8,7 @@ import numpy as np
 
 from dsv3_jax.analysis import figures
 from dsv3_jax.analysis.metrics import relative_load
+from dsv3_jax.analysis.sample import sample
 from dsv3_jax.config import Config
 from dsv3_jax.data.baselines import baselines
 from dsv3_jax.data.pipeline import build_data
@@ -21,17 +22,19 @@ LOAD_STEPS = 20  # last steps whose expert counts the load map adds up
 def write_report(workdir: str | Path) -> str:
     """Writes report.md and its figures into the folder of a finished run; returns the table of validation scores.
 
-    Raises OSError if the run's files are missing.
+    The report ends with samples of what the model writes. Raises OSError or ValueError if the run's files are missing.
     """
     workdir = Path(workdir)
     run, validation = (json.loads((workdir / name).read_text()) for name in ("run.json", "validation.json"))
     config = from_dict(run["config"])
+    data = build_data(config.data, config.model.vocab_size)
     if "baselines" not in validation:
-        validation["baselines"] = baselines(build_data(config.data, config.model.vocab_size))
+        validation["baselines"] = baselines(data)
         write_json(workdir / "validation.json", validation)
     drawn = _draw(workdir, config, run["domains"])
     table = validation_table(validation)
-    write_text(workdir / "report.md", _markdown(run, validation, drawn, read_metrics(workdir)))
+    text = _markdown(run, validation, drawn, read_metrics(workdir)) + "\n" + sample(workdir, data)
+    write_text(workdir / "report.md", text)
     return f"{table}\nreport: {workdir / 'report.md'}"
 
 

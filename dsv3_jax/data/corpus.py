@@ -17,12 +17,14 @@ from jaxtyping import Bool
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data import embedded, files
 from dsv3_jax.data.documents import Document
+from dsv3_jax.data.retrieval import retrieval_documents
 
 SHINGLE_WORDS = 8  # a phrase of so many words is hardly ever repeated by chance
 SHINGLE_SAMPLE = 4  # one phrase in so many is remembered
 COPIED_SHARE = 0.5  # a document is a near copy when more than this share of its phrases was seen before
 HOLDOUT_BYTES = 20_000  # less would make a noisy bits-per-byte
 HOLDOUT_MOST = 0.2
+RETRIEVAL = "retrieval"  # the domain of generated retrieval documents
 # Keeps each use of the hash apart from the others.
 HOLDOUT_PERSON, SAMPLE_PERSON = b"dsv3-holdout", b"dsv3-sample"
 
@@ -128,12 +130,26 @@ def _phrase_sample(word_hashes: list[int]) -> set[int]:
 
 
 def load_corpus(data: DataConfig) -> Corpus:
-    """The corpus that `data.corpus` names: `embedded`, or globs of the user's files. Raises ValueError, OSError."""
+    """The corpus that `data.corpus` names (`embedded`, or globs of the user's files), and what is generated beside it.
+
+    Raises ValueError, OSError.
+    """
     if data.corpus == "embedded":
         corpus = make_corpus(embedded.documents(), embedded.DOMAINS)
     else:
         corpus = make_corpus(files.documents(data))
-    return corpus if data.domain_bytes is None else sampled(corpus, data.domain_bytes)
+    if data.domain_bytes is not None:
+        corpus = sampled(corpus, data.domain_bytes)
+    return with_retrieval(corpus, data) if data.retrieval_bytes else corpus
+
+
+def with_retrieval(corpus: Corpus, data: DataConfig) -> Corpus:
+    """The corpus and, as its last domain, retrieval documents. Raises ValueError if it has a domain of that name."""
+    if RETRIEVAL in corpus.domains:
+        raise ValueError(f"retrieval_bytes: the corpus has a domain {RETRIEVAL!r} already; rename it or set retrieval_bytes=0")
+    texts = retrieval_documents(data.retrieval_bytes, data.retrieval_context or data.seq_len)
+    documents = [Document(RETRIEVAL, text) for text in texts]
+    return Corpus((*corpus.domains, RETRIEVAL), [*corpus.documents, *documents], corpus.duplicates)
 
 
 def sampled(corpus: Corpus, domain_bytes: int) -> Corpus:
@@ -151,7 +167,8 @@ def sampled(corpus: Corpus, domain_bytes: int) -> Corpus:
 def fingerprint(data: DataConfig) -> str:
     """Changes whenever `load_corpus` would give other documents, at less cost."""
     source = embedded.fingerprint() if data.corpus == "embedded" else files.fingerprint(data)
-    return f"{source} {data.domain_bytes}"
+    generated = f" {data.retrieval_bytes} {data.retrieval_context or data.seq_len}" if data.retrieval_bytes else ""
+    return f"{source} {data.domain_bytes}{generated}"
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from dsv3_jax.data.corpus import Corpus, domain_numbers, fingerprint, load_corpu
 from dsv3_jax.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
 
 # The code that decides which tokens a store holds: a change to it makes new stores, and none is mistaken for another.
-CODE = ("arithmetic", "corpus", "documents", "embedded", "files", "store", "tokenizer")
+CODE = ("arithmetic", "corpus", "documents", "embedded", "files", "retrieval", "store", "tokenizer")
 ENCODE_BATCH = 256  # documents given to the tokenizer at a time
 
 
@@ -120,7 +120,9 @@ def _build(folder: Path, data: DataConfig, vocab_size: int, key: str) -> None:
     np.save(folder / "held_out.npy", held_out)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     summary = _summary(corpus, domain_of, held_out, np.diff(bounds))
-    (folder / "summary.json").write_text(json.dumps({"key": key, "vocabulary": tokenizer.size, **summary}, indent=1))
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    about = {"key": key, "vocabulary": tokenizer.size, "tokenizer": digest, **summary}
+    (folder / "summary.json").write_text(json.dumps(about, indent=1))
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, "T"]]:

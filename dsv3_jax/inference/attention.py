@@ -1,8 +1,8 @@
 """Attention over a cache of latents [§2.1.1]: absorbed for a few queries, expanded for many.
 
-MLA remembers c_kv after its norm and the rotated k_rope, kv_lora_rank + qk_rope_head_dim numbers a token and layer: 576. The other
-kinds, for comparison, remember their rotated keys and their values. A sequence's row i of the cache is its position i; what lies
-beyond its length is never seen, and overwritten in time.
+MLA remembers c_kv after its norm and the rotated k_rope, kv_lora_rank + qk_rope_head_dim numbers a token and layer: 576. The
+other kinds, for comparison, remember their rotated keys and their values. A sequence's row i of the cache is its position i;
+what lies beyond its length is never seen, and overwritten in time.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +16,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference.serving import joined
 from dsv3_jax.model.attention import causal_attention
-from dsv3_jax.model.mla import mla_expand, mla_latent, mla_queries, plain_heads
+from dsv3_jax.model.layers import rms_norm
+from dsv3_jax.model.mla import plain_heads
 from dsv3_jax.model.rope import apply_rope, softmax_scale
 from dsv3_jax.weights import from_bits, to_bits
 
@@ -52,8 +54,8 @@ def cached_attention(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S C"]]:
     """T tokens of each sequence, from position `start` on, see themselves and what the cache has before them.
 
-    Returns what attention adds, and the cache with their rows written. `absorbed` multiplies queries into the latent's space and
-    never makes a key; without it keys and values of all heads are expanded. MLA only; the others do the same in both cases.
+    Returns what attention adds, and the cache with their rows written. `absorbed` multiplies queries into the latent's space
+    and never makes a key; without it keys and values of all heads are expanded. MLA only; the others do the same in both cases.
     """
     q_BHTK, new_BTC = (_mla_query_and_row if config.attention == "mla" else _plain_query_and_row)(params, x_BTD, rope, config)
     rows_BSC = written(rows_BSC, new_BTC, start_B)
@@ -76,7 +78,12 @@ def cached_attention(
 
         branches, which = [first, *branches], jnp.where(start_B.max() == 0, 0, which + 1)
     out_BHTW = branches[0]() if len(branches) == 1 else lax.switch(which, branches)
-    return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype)), rows_BSC
+    out_BTW = rearrange(out_BHTW, "b h t w -> b t (h w)")
+    return out_BTW @ _flat(params["o_proj"], 2).astype(x_BTD.dtype), rows_BSC
+
+
+def _flat(weight: Any, n_in: int) -> Any:
+    return weight if weight.ndim == 2 else weight.reshape(-1, weight.shape[-1])
 
 
 def written(rows_BSC: Array, new_BTC: Array, start_B: Array) -> Array:
@@ -94,26 +101,37 @@ def visible_BTS(start_B: Array, length: int, size: int) -> Array:
 
 
 def _mla_query_and_row(params: Mapping[str, Any], x_BTD: Array, rope: Rope, config: ModelConfig) -> tuple[Array, Array]:
-    q_content, q_rope = mla_queries(params, x_BTD, config)
-    c_kv_BTC, k_rope_BTR = mla_latent(params, x_BTD, config)
-    k_rope_BTR = apply_rope(k_rope_BTR[:, None], *rope)[:, 0]
+    """Eqs. 1, 3, 6-8: queries, content then rotated part, and what the cache holds of a token."""
+    rank, latent = config.q_lora_rank, config.kv_lora_rank
+    heads, nope, rope_dim = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    if rank is None:
+        both = joined(params, ("q_proj", "kv_a_proj_with_mqa"), x_BTD)
+        q_BTN, c_kv, k_rope = jnp.split(both, [heads * (nope + rope_dim), both.shape[-1] - rope_dim], axis=-1)
+    else:
+        both = joined(params, ("q_a_proj", "kv_a_proj_with_mqa"), x_BTD)
+        c_q, c_kv, k_rope = jnp.split(both, [rank, rank + latent], axis=-1)
+        q_BTN = rms_norm(c_q, params["q_a_layernorm"], config.latent_norm_eps) @ params["q_b_proj"].astype(x_BTD.dtype)
+    c_kv = rms_norm(c_kv, params["kv_a_layernorm"], config.latent_norm_eps)
+    q_content, q_rope = jnp.split(rearrange(q_BTN, "b t (h k) -> b h t k", h=heads), [nope], axis=-1)
     q_BHTK = jnp.concatenate([q_content, apply_rope(q_rope, *rope)], axis=-1)
-    return q_BHTK, jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)
+    return q_BHTK, jnp.concatenate([c_kv, apply_rope(k_rope[:, None], *rope)[:, 0]], axis=-1)
 
 
 def _absorbed(params: Mapping[str, Any], q_BHTK: Array, rows_BSC: Array, visible: Array, *, config: ModelConfig) -> Array:
-    """q^ = K_i^T q; one key of 576 and one value of 512 for all heads; V_i after the sum. The products of facts 'absorb'."""
+    """A query goes into the latent's space by K_i^T: one key of 576 and one value of 512 for all heads; V_i after the sum."""
     nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
-    kv_b_CHD = params["kv_b_proj"].astype(q_BHTK.dtype)
-    q_latent = jnp.einsum("bhtd,chd->bhtc", q_BHTK[..., :nope], kv_b_CHD[..., :nope])
+    q_latent = jnp.einsum("bhtd,hdc->bhtc", q_BHTK[..., :nope], params["k_up"])
     q_rows = jnp.concatenate([q_latent, q_BHTK[..., nope:]], axis=-1)
-    # Heads and queries side by side, one product a sequence; the rotary channels go along in the sum and are dropped after it.
     batch, heads, length, _ = q_rows.shape
-    scores = jnp.einsum("bnc,bsc->bns", q_rows.reshape(batch, heads * length, -1), rows_BSC, preferred_element_type=jnp.float32)
-    weights = _softmax(scores.reshape(batch, heads, length, -1), visible, config)
-    weights = weights.astype(rows_BSC.dtype).reshape(batch, heads * length, -1)
-    z_BHTC = jnp.einsum("bns,bsc->bnc", weights, rows_BSC).reshape(batch, heads, length, -1)[..., :rank]
-    return jnp.einsum("bhtc,chw->bhtw", z_BHTC.astype(q_BHTK.dtype), kv_b_CHD[..., nope:])
+    # Heads and queries side by side, one product a sequence, rows first: XLA on CPU takes half the time so. The rotary channels
+    # go along in the sum and are dropped after it.
+    q_BCN = q_rows.reshape(batch, heads * length, -1).swapaxes(1, 2)
+    scores_BSN = jnp.einsum("bsc,bcn->bsn", rows_BSC, q_BCN, preferred_element_type=jnp.float32) * softmax_scale(config)
+    seen_BSN = jnp.tile(visible.swapaxes(1, 2), (1, 1, heads))
+    weights_BSN = jax.nn.softmax(jnp.where(seen_BSN, scores_BSN, -jnp.inf), axis=1).astype(rows_BSC.dtype)
+    z_BNC = jnp.einsum("bns,bsc->bnc", weights_BSN.swapaxes(1, 2), rows_BSC)
+    z_BHTC = z_BNC.reshape(batch, heads, length, -1)[..., :rank]
+    return jnp.einsum("bhtc,hcw->bhtw", z_BHTC.astype(q_BHTK.dtype), params["v_up"])
 
 
 def _softmax(scores_BHTS: Array, visible_BTS: Array, config: ModelConfig) -> Array:
@@ -123,7 +141,8 @@ def _softmax(scores_BHTS: Array, visible_BTS: Array, config: ModelConfig) -> Arr
 
 def _keys_and_values(params: Mapping[str, Any], rows_BSC: Array, config: ModelConfig) -> tuple[Array, Array]:
     """All heads' keys [B, H, S, K] and values, from rows of latents."""
-    k_content, v = mla_expand(params, rows_BSC[..., : config.kv_lora_rank], config)
+    c_kv = rows_BSC[..., : config.kv_lora_rank]
+    k_content, v = jnp.einsum("bsc,hdc->bhsd", c_kv, params["k_up"]), jnp.einsum("bsc,hcw->bhsw", c_kv, params["v_up"])
     k_rope = rows_BSC[:, None, :, config.kv_lora_rank :]
     k_rope = jnp.broadcast_to(k_rope, (*k_content.shape[:3], k_rope.shape[-1]))
     return jnp.concatenate([k_content, k_rope], axis=-1), v

@@ -1,7 +1,7 @@
 """Decoding with a latent cache [§2.1.1]: prompts in chunks, then one compiled step, whatever the length.
 
-Sequences of a batch have lengths of their own. A cache row is a position; rows beyond a sequence's length hold whatever a longer
-neighbour's chunk left there, are never seen, and are overwritten as the sequence grows.
+Sequences of a batch have lengths of their own. A cache row is a position; rows beyond a sequence's length hold whatever a
+longer neighbour's chunk left there, are never seen, and are overwritten as the sequence grows.
 """
 
 from functools import lru_cache
@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.attention import cache_width, cached_attention
-from dsv3_jax.inference.experts import moe
+from dsv3_jax.inference.experts import gated, moe
 from dsv3_jax.inference.serving import Serving
-from dsv3_jax.model.layers import rms_norm, swiglu
+from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.rope import rope_tables
 
 
@@ -84,13 +84,15 @@ def cached_block(
     attended, rows_BSC = cached_attention(params["self_attn"], normed, rows_BSC, start_B, rope, config, absorbed=absorbed)
     x_BTD = x_BTD + attended
     normed = rms_norm(x_BTD, params["post_attention_layernorm"], config.rms_norm_eps)
-    out = swiglu(params["mlp"], normed) if bias_E is None else moe(params["mlp"], bias_E, normed, config)[0]
+    out = gated(params["mlp"], normed) if bias_E is None else moe(params["mlp"], bias_E, normed, config)[0]
     return x_BTD + out, rows_BSC
 
 
 def project(model: Serving, normed_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
     """float32 logits."""
-    return jnp.einsum("bd,vd->bv", normed_BD, model.lm_head.astype(normed_BD.dtype), preferred_element_type=jnp.float32)
+    head_VD = model.lm_head.astype(normed_BD.dtype)
+    # The table first: for a few rows XLA's product on CPU is twice as fast so, and one row is no matter.
+    return jnp.einsum("vd,bd->vb", head_VD, normed_BD, preferred_element_type=jnp.float32).T
 
 
 # --- prompts
@@ -151,3 +153,11 @@ def prefill(
         if keep:
             streams.append(stream)
     return Prefilled(cache._replace(layers=rows), hidden, tuple(streams))
+
+
+def last_logits(model: Serving, config: ModelConfig, prompts: Any) -> Float[np.ndarray, "B V"]:
+    """float32 logits after each prompt's last token. Raises ValueError for no prompt, or an empty one."""
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    batch = padded(prompts, max(1, longest))
+    done = prefill(model, make_cache(config, len(batch.length_B), longest), batch, config, chunk=longest)
+    return np.asarray(project(model, done.hidden_BD))

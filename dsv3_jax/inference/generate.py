@@ -1,7 +1,7 @@
 """Continuing prompts: prefill, then several steps a call of one compiled program, with or without drafts.
 
-The program knows when a sequence has ended (an end token, its length); the host looks at what came out after each call, shows it,
-and may end a sequence (a stop string). No step waits for the host, and no length makes it compile again.
+The program knows when a sequence has ended (an end token, its length); the host looks at what came out after each call, shows
+it, and may end a sequence (a stop string). No step waits for the host, and no length makes it compile again.
 """
 
 import time
@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.decode import Cache, Prompts, Stream, extend, make_cache, padded, prefill, project
-from dsv3_jax.inference.sampling import Sampling, check_sampling, draw
+from dsv3_jax.inference.sampling import GREEDY, Sampling, check_sampling, draw
 from dsv3_jax.inference.serving import Serving
-from dsv3_jax.inference.speculative import CLOSE, Drafting, Verified, drafted, fed, run_module, speculative_step
+from dsv3_jax.inference.speculative import Drafting, Verified, close_calls, drafted, fed, run_module, speculative_step
 from dsv3_jax.inference.speculative import lookup as lookup_embedding
 
 CHUNK = 512  # tokens of a prompt that are computed at a time
@@ -33,14 +33,19 @@ class Statistics(NamedTuple):
     steps: int  # passes of the main model over a sequence, after its prompt
     drafts: int
     accepted: int
-    close: int  # tokens whose two largest logits were nearer than 1e-4: another order of summing may choose the other
-    prefill_seconds: float
-    decode_seconds: float
+    close: int  # greedy tokens whose two largest logits were nearer than 1e-4: another order of summing may choose the other
+    prefill_seconds: float  # with compiling, if this batch was the first of its kind
+    decode_seconds: float  # without compiling: of `timed_tokens`
+    timed_tokens: int
     host_seconds: float  # of the decoding, spent outside the compiled program
 
     @property
     def acceptance(self) -> float:
         return self.accepted / self.drafts if self.drafts else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.timed_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def tokens_per_step(self) -> float:
@@ -74,7 +79,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     end_ids: Sequence[int] = (),
     speculative: bool = False,
     chunk: int = CHUNK,
@@ -90,7 +95,7 @@ def generate(
     numbers out of range.
     """
     _check(config, prompts, max_new_tokens, sampling, speculative, model)
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(map(len, prompts), default=1)
     chunk = min(chunk, max(16, 1 << (longest - 1).bit_length()))
     batch = padded(prompts, chunk)
     n_drafts = min(len(model.depths), int(batch.length_B.min())) if speculative else 0
@@ -100,27 +105,32 @@ def generate(
     plain, seed = sampling._replace(seed=0), jnp.uint32(sampling.seed)
     state = _begin(model, config, batch, plain, seed, size, chunk, tuple(end_ids), steps)
     limit_B = jnp.asarray(batch.length_B + max_new_tokens - 1)  # position of the last token that is wanted
-    state = state._replace(done_B=state.done_B | (state.position_B >= limit_B))
+    # Committed to the model's device, as what a call returns is: the first call and the second are one program.
+    state = jax.device_put(
+        state._replace(done_B=state.done_B | (state.position_B >= limit_B)), next(iter(model.norm.devices()))
+    )
     tokens: list[list[int]] = [[int(t)] for t in np.asarray(state.token_B)]
     ended = [on_tokens(i, row) for i, row in enumerate(tokens)]
     prefilled = time.perf_counter()
     run = _compiled_steps(config, plain, tuple(end_ids), steps, n_drafts)
-    waited, passes, accepted, close = 0.0, 0, 0, 0
+    waited, total, timed, passes, accepted, close = 0.0, 0.0, 0, 0, 0, int(state.close)
     done = np.asarray(state.done_B) | np.array(ended)
     while not done.all():
-        asked = time.perf_counter()
+        asked, known = time.perf_counter(), run.traces
         state = run(model, state._replace(done_B=jnp.asarray(done)), limit_B, seed)
         out, count, now_done, *numbers = jax.device_get(
             (state.out_BN, state.count_B, state.done_B, state.steps, state.accepted, state.close)
         )
-        waited += time.perf_counter() - asked
+        answered = time.perf_counter()
         passes, accepted, close = passes + int(numbers[0]), accepted + int(numbers[1]), close + int(numbers[2])
         for i in np.flatnonzero(~done):
             new = _wanted(out[i, : count[i]].tolist(), end_ids, max_new_tokens - len(tokens[i]))
             tokens[i] += new
             ended[i] = bool(new) and on_tokens(int(i), new)
         done = now_done | np.array(ended) | np.array([len(row) >= max_new_tokens for row in tokens])
-    seconds = time.perf_counter() - prefilled
+        if run.traces == known:  # else it was compiled first
+            waited, total = waited + answered - asked, total + time.perf_counter() - asked
+            timed += int(count.sum())
     n_new = sum(map(len, tokens))
     return Generated(
         tokens,
@@ -132,8 +142,9 @@ def generate(
             accepted,
             close,
             prefilled - began,
-            seconds,
-            seconds - waited,
+            total,
+            timed,
+            total - waited,
         ),
     )
 
@@ -171,24 +182,26 @@ def _begin(
     """The state after the prompts and the first new token."""
     batch, depths = len(prompts.length_B), len(model.depths)
     cache = make_cache(config, batch, size, depths=depths)
-    done = prefill(model, cache, prompts, config, chunk=chunk, keep=bool(depths))
+    main = model._replace(depths=())  # the same programs with drafts and without
+    done = prefill(main, cache, prompts, config, chunk=chunk, keep=bool(depths))
     length_B = jnp.asarray(prompts.length_B)
-    token_B, over_B = _first_token(config, sampling, end_ids)(model, done.hidden_BD, length_B, seed)
+    token_B, over_B, close = _first_token(config, sampling, end_ids)(main, done.hidden_BD, length_B, seed)
     cache, drafting = done.cache, None
     if depths:
         drafting, rows = _first_drafts(model, cache, done.streams, prompts, token_B, seed, sampling, config, chunk)
         cache = cache._replace(depths=rows)
     out = jnp.zeros((batch, steps * (depths + 1)), jnp.int32)
     # One array each: the state is donated.
-    zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    return _State(cache, drafting, token_B, length_B, over_B, out, jnp.zeros(batch, jnp.int32), *zeros)
+    passes, accepted, count_B = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
+    return _State(cache, drafting, token_B, length_B, over_B, out, count_B, passes, accepted, close)
 
 
 @lru_cache(maxsize=16)
 def _first_token(config: ModelConfig, sampling: Sampling, end_ids: tuple[int, ...]) -> Any:
-    def first(model: Serving, hidden_BD: Array, length_B: Array, seed: Array) -> tuple[Array, Array]:
-        token_B = draw(project(model, hidden_BD), length_B, seed, sampling)
-        return token_B, _is_end(token_B, end_ids)
+    def first(model: Serving, hidden_BD: Array, length_B: Array, seed: Array) -> tuple[Array, Array, Array]:
+        logits_BV = project(model, hidden_BD)
+        token_B = draw(logits_BV, length_B, seed, sampling)
+        return token_B, _is_end(token_B, end_ids), close_calls(logits_BV, sampling).sum(dtype=jnp.int32)
 
     return jax.jit(first)
 
@@ -199,12 +212,12 @@ def _is_end(tokens: Array, end_ids: tuple[int, ...]) -> Array:
 
 @lru_cache(maxsize=8)
 def _compiled_module(config: ModelConfig) -> Any:
-    def module(model: Serving, k: int, rows: Array, hidden: Array, tokens_BT: Array, start: Array) -> tuple[Stream, Array]:
-        embedding = lookup_embedding(model, tokens_BT, config)
+    def module(tables: Serving, layer: Any, rows: Array, hidden: Array, tokens_BT: Array, start: Array) -> tuple[Stream, Array]:
+        embedding = lookup_embedding(tables, tokens_BT, config)
         start_B = jnp.broadcast_to(start, tokens_BT.shape[:1])
-        return run_module(model.depths[k], rows, hidden, embedding, start_B, config, absorbed=False)
+        return run_module(layer, rows, hidden, embedding, start_B, config, absorbed=False)
 
-    return jax.jit(module, static_argnums=1, donate_argnums=2)
+    return jax.jit(module, donate_argnums=2)
 
 
 @lru_cache(maxsize=8)
@@ -222,28 +235,47 @@ def _first_drafts(
     last_B = jnp.asarray(prompts.length_B - 1)
     main = jnp.zeros((batch, depth + 1, hidden.shape[2]), hidden.dtype).at[:, 0].set(_at(hidden, last_B))
     rows, carried = [], []
+    tables = model._replace(layers=(), depths=())  # so that all modules share one program
     for k in range(1, depth + 1):
         shifted, parts, own = np.pad(prompts.tokens_BT, ((0, 0), (0, k)))[:, k:], [], cache.depths[k - 1]
         for start in range(0, length, chunk):
             part = slice(start, start + chunk)
             stream, own = _compiled_module(config)(
-                model, k - 1, own, hidden[:, part], jnp.asarray(shifted[:, part]), jnp.int32(start)
+                tables, model.depths[k - 1], own, hidden[:, part], jnp.asarray(shifted[:, part]), jnp.int32(start)
             )
             parts.append(fed(stream, config))
         rows.append(own)
         hidden = jnp.concatenate(parts, axis=1)
         if k < depth:
             carried.append(_at(hidden, jnp.maximum(last_B - k, 0)))
-    known = Verified(jnp.pad(token_B[:, None], ((0, 0), (0, depth))), jnp.ones(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
-    return _compiled_drafts(config, sampling)(model, tuple(rows), tuple(carried), main, known, last_B, seed)
+    known = Verified(
+        jnp.pad(token_B[:, None], ((0, 0), (0, depth))), jnp.ones(batch, jnp.int32), jnp.zeros((batch, depth + 1), bool)
+    )
+    return _compiled_drafts(config, sampling)(model._replace(layers=()), tuple(rows), tuple(carried), main, known, last_B, seed)
 
 
 def _at(values_BTD: Array, index_B: Array) -> Array:
     return jnp.take_along_axis(values_BTD, index_B[:, None, None], axis=1)[:, 0]
 
 
+class _Compiled:
+    """A jitted function that counts how often it was traced, and so compiled."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.traces = 0
+
+        def counted(*args: Any) -> Any:
+            self.traces += 1
+            return function(*args)
+
+        self._run = jax.jit(counted, donate_argnums=1)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+
 @lru_cache(maxsize=16)
-def _compiled_steps(config: ModelConfig, sampling: Sampling, end_ids: tuple[int, ...], steps: int, n_drafts: int) -> Any:
+def _compiled_steps(config: ModelConfig, sampling: Sampling, end_ids: tuple[int, ...], steps: int, n_drafts: int) -> _Compiled:
     """`steps` steps, or fewer if every sequence has ended before."""
     one = _speculative if n_drafts else _plain
 
@@ -260,7 +292,7 @@ def _compiled_steps(config: ModelConfig, sampling: Sampling, end_ids: tuple[int,
 
         return jax.lax.while_loop(going, body, (zero, state))[1]
 
-    return jax.jit(run, donate_argnums=1)
+    return _Compiled(run)
 
 
 def _plain(
@@ -275,9 +307,7 @@ def _plain(
     stream, rows = extend(model, state.cache.layers, state.token_B[:, None], state.position_B, config, absorbed=True)
     logits_BV = project(model, stream.normed_BTD[:, 0])
     token_B = draw(logits_BV, state.position_B + 1, seed, sampling)
-    top = jax.lax.top_k(logits_BV, 2)[0]
-    close_B = (top[:, 0] - top[:, 1] < CLOSE).astype(jnp.int32)
-    tokens = Verified(token_B[:, None], jnp.ones_like(token_B), close_B)
+    tokens = Verified(token_B[:, None], jnp.ones_like(token_B), close_calls(logits_BV, sampling)[:, None])
     return _advanced(state, tokens, Cache(rows, ()), None, limit_B, end_ids)
 
 
@@ -306,9 +336,11 @@ def _advanced(
     gained_B = jnp.where(going_B, new.count_B, 0)
     out_BN = state.out_BN
     place_N = jnp.arange(out_BN.shape[1], dtype=jnp.int32)[None, :]
-    is_end_B = jnp.zeros_like(state.done_B)
+    is_end_B, close = jnp.zeros_like(state.done_B), state.close
     for i in range(new.tokens_BT.shape[1]):
         counts_B = i < gained_B
+        wanted_B = counts_B & ~is_end_B & (state.position_B + (i + 1) <= limit_B)
+        close = close + (wanted_B & new.close_BT[:, i]).sum(dtype=jnp.int32)
         here = (place_N == (state.count_B + i)[:, None]) & counts_B[:, None]
         out_BN = jnp.where(here, new.tokens_BT[:, i, None], out_BN)
         is_end_B |= counts_B & _is_end(new.tokens_BT[:, i], end_ids)
@@ -324,5 +356,5 @@ def _advanced(
         state.count_B + gained_B,
         state.steps + going_B.sum(dtype=jnp.int32),
         state.accepted + jnp.where(going_B, new.count_B - 1, 0).sum(dtype=jnp.int32),
-        state.close + jnp.where(going_B, new.close_B, 0).sum(dtype=jnp.int32),
+        close,
     )

@@ -29,6 +29,9 @@ class Sampling(NamedTuple):
         return self.temperature == 0
 
 
+GREEDY = Sampling()
+
+
 def check_sampling(sampling: Sampling) -> None:
     """Raises ValueError, one line, for a number out of its range."""
     bounds = {
@@ -45,7 +48,9 @@ def check_sampling(sampling: Sampling) -> None:
 
 def filtered(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float[Array, "*batch V"]:
     """Log-probabilities, up to a constant, of what may be drawn; -inf for what may not. Not for greedy."""
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    # From the largest down, so that no temperature, however small, makes them infinite.
+    logits = logits.astype(jnp.float32)
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / max(sampling.temperature, 1e-30)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         # Of equals at the edge the lower ids stay, as many as fit.
@@ -59,8 +64,7 @@ def filtered(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float[Arra
         kept = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, before < sampling.top_p, axis=-1, inplace=False)
         logits = jnp.where(kept, logits, -jnp.inf)
     if sampling.min_p > 0:
-        least = logits.max(axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
+        logits = jnp.where(logits >= jnp.log(jnp.float32(sampling.min_p)), logits, -jnp.inf)
     return logits
 
 

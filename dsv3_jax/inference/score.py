@@ -1,13 +1,13 @@
 """Scores of given tokens, layer by layer: logits, MTP logits [§2.2], and what every router chose [§2.1.2].
 
-A model is met here as a supply of layers, whole in memory or read from disk one at a time: one layer and the activations are all
-that has to fit, on one device or on a mesh. Both supplies run the same compiled program, and so give the same numbers.
+A model is met here as a supply of layers, whole in memory or read from disk one at a time: one layer and the activations are
+all that has to fit, on one device or on a mesh. Both supplies run the same compiled program, and so give the same numbers.
 """
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ from tqdm import tqdm
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.folder import Tensors
 from dsv3_jax.interop.names import leaves
-from dsv3_jax.interop.read import Dtype, as_float, load_bias, read_tree
+from dsv3_jax.interop.read import Dtype, as_float, cuts_matrices, load_bias, read_tree
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mtp import module
 from dsv3_jax.model.transformer import block, head_name, make_context
 from dsv3_jax.moe.router import Routing
 from dsv3_jax.parallel.collectives import Placement
 
-HEAD_ELEMENTS = 2**24  # of the output head at a time
+HEAD_ELEMENTS = 2**22  # of the output head at a time
 
 
 class Scores(NamedTuple):
@@ -43,11 +43,17 @@ class Scores(NamedTuple):
     mtp_router_indices: Int[np.ndarray, "M B T K"] | None
 
 
+@runtime_checkable
 class Supply(Protocol):
     """A model's parts, one after the other."""
 
-    config: ModelConfig
-    placement: Placement | None
+    @property
+    def config(self) -> ModelConfig:
+        """What is computed."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """On which devices; None: one."""
 
     def embedding(self, tokens: Int[np.ndarray, "B T"]) -> np.ndarray:
         """Rows of the embedding table."""
@@ -95,12 +101,16 @@ class InMemory:
 
 
 class Streamed:
-    """A supply from a folder. FP8 stays FP8, everything else is read as `dtype`; on a mesh every device reads its slice."""
+    """A supply from a folder; on a mesh every device reads its slice.
+
+    FP8 stays FP8, unless the mesh cuts within matrices; everything else is read as `dtype`.
+    """
 
     def __init__(self, source: Tensors, config: ModelConfig, dtype: Dtype, placement: Placement | None = None):
         self.config, self.placement, self._source, self._dtype = config, placement, source, dtype
         self._leaves = leaves(config)
-        self._bias = load_bias(source, config)
+        self._bias = load_bias(source, config, placement)
+        self._keep_fp8 = placement is None or not cuts_matrices(placement)
 
     def embedding(self, tokens: Int[np.ndarray, "B T"]) -> np.ndarray:
         rows = self._source.tensor(self._leaves["embed_tokens"].template)[tokens]
@@ -111,7 +121,7 @@ class Streamed:
             tree = jax.tree.map(lambda leaf, i=i: leaf.at_layer(i), self._leaves[name])
             row = None if first_row is None else self._bias[first_row + i]
             # Not by a name of its own, which would keep it alive while the next one is read.
-            yield read_tree(self._source, tree, self._dtype, keep_fp8=True, placement=self.placement), row
+            yield read_tree(self._source, tree, self._dtype, keep_fp8=self._keep_fp8, placement=self.placement), row
 
     def layers(self) -> Iterator[tuple[Any, Any]]:
         yield from self._stack("dense_layers", self.config.n_dense_layers, None)
@@ -121,7 +131,7 @@ class Streamed:
         yield from self._stack("mtp", self.config.num_nextn_predict_layers, self.config.n_main_moe_layers)
 
     def gain(self) -> Array:
-        return read_tree(self._source, self._leaves["norm"], self._dtype)
+        return read_tree(self._source, self._leaves["norm"], self._dtype, placement=self.placement)
 
     def head(self) -> Iterator[Any]:
         table = self._source.tensor(self._leaves[head_name(self.config)].template)
@@ -251,6 +261,7 @@ def _with_depths(supply: Supply, tokens: np.ndarray, hidden_BTD: Array, main: Sc
     logits = np.full((depth, batch, length, config.vocab_size), np.nan, np.float32)
     indices = np.full((depth, batch, length, config.num_experts_per_tok), -1, np.int32)
     for k, (params, bias_E) in enumerate(supply.depths(), 1):
+        assert bias_E is not None
         shifted = np.pad(tokens, ((0, 0), (0, k)))[:, k:]
         embedding_BTD = jnp.asarray(supply.embedding(shifted), hidden_BTD.dtype)
         layer = _run(_depth, params, bias_E, hidden_BTD, embedding_BTD, supply=supply)
@@ -258,7 +269,7 @@ def _with_depths(supply: Supply, tokens: np.ndarray, hidden_BTD: Array, main: Sc
         hidden_BTD = normed_BTD if config.mtp_hidden == "post_norm" else layer.x_BTD
         del params
         _logits(supply, normed_BTD, logits[k - 1])
-        indices[k - 1] = layer.indices_BTK
+        indices[k - 1] = np.asarray(layer.indices_BTK)
         used = max(0, length - k)
         logits[k - 1, :, used:], indices[k - 1, :, used:] = np.nan, -1
         bar.update()

@@ -5,18 +5,22 @@ does not copy the operands of the branch that `lax.switch` takes: experts that a
 lie. On accelerators slices are read in place, and experts stay stacked.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.folder import Tensors
 from dsv3_jax.interop.names import Leaf, leaves
 from dsv3_jax.interop.read import Dtype, load_bias, read_tree
 from dsv3_jax.model.transformer import head_name
-from dsv3_jax.weights import is_stored
+from dsv3_jax.weights import is_stored, to_int4, to_int8
 
 # Above so many experts in all layers, every one a branch in the program, it would compile for too long.
 MOST_APART = 1024
@@ -32,6 +36,18 @@ class Serving(NamedTuple):
     depths: tuple[Any, ...]
 
 
+# Products of the same input, one matrix side by side: names joined by `+`.
+JOINED = (("q_a_proj", "kv_a_proj_with_mqa"), ("q_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
+
+
+def joined(params: Mapping[str, Any], names: Sequence[str], x: Array) -> Array:
+    """x times several matrices [in, out], their results side by side, whether they were laid out so or not."""
+    one = "+".join(names)
+    weights = [params[one]] if one in params else [params[name] for name in names]
+    products = [x @ weight.astype(x.dtype) for weight in weights]
+    return products[0] if one in params else jnp.concatenate(products, axis=-1)
+
+
 def experts_apart(config: ModelConfig) -> bool:
     return jax.default_backend() == "cpu" and config.n_moe_layers * config.n_routed_experts <= MOST_APART
 
@@ -42,14 +58,55 @@ def from_params(params: Any, bias_LE: Array, config: ModelConfig) -> Serving:
     def stack(name: str, n: int, first_row: int | None) -> Iterator[Any]:
         for i in range(n):
             layer = jax.tree.map(lambda a, i=i: a[i], params[name])
-            yield _apart(layer, config), None if first_row is None else bias_LE[first_row + i]
+            yield _laid_out(_experts_apart(layer, config), config), None if first_row is None else bias_LE[first_row + i]
 
     main, depth = config.n_main_moe_layers, config.num_nextn_predict_layers
     layers = (*stack("dense_layers", config.n_dense_layers, None), *stack("moe_layers", main, 0))
     return Serving(params["embed_tokens"], params["norm"], params[head_name(config)], layers, tuple(stack("mtp", depth, main)))
 
 
-def _apart(layer: Any, config: ModelConfig) -> Any:
+def _laid_out(layer: Any, config: ModelConfig) -> Any:
+    """A layer's parameters as the decoding step multiplies with them: two sides a matrix, and nothing to be turned over."""
+    if "block" in layer:  # an MTP module's
+        return {**layer, "block": _laid_out(layer["block"], config)}
+    attention, mlp = dict(layer["self_attn"]), dict(layer["mlp"])
+    if config.attention == "mla":
+        # Absorbed, k_up turns a head's query into the latent's space, v_up a sum of latents into its value.
+        kv_b_CHD = attention.pop("kv_b_proj").astype(jnp.dtype(config.compute_dtype))
+        k_CHD, v_CHW = jnp.split(kv_b_CHD, [config.qk_nope_head_dim], axis=-1)
+        attention |= {"k_up": k_CHD.transpose(1, 2, 0), "v_up": v_CHW.transpose(1, 0, 2)}
+        for name in ("q_b_proj", "q_proj"):
+            if name in attention:
+                attention[name] = _flat(attention[name], 1)
+        attention["o_proj"] = _flat(attention["o_proj"], 2)
+    if "experts" in mlp:
+        if experts_apart(config):
+            each = zip(*(mlp["experts"][name] for name in ("gate_proj", "up_proj", "down_proj")), strict=True)
+            experts = [_joined_matrices(dict(zip(("gate_proj", "up_proj", "down_proj"), own, strict=True))) for own in each]
+            mlp["experts"] = {name: tuple(expert[name] for expert in experts) for name in experts[0]}
+        if "shared_experts" in mlp:
+            mlp["shared_experts"] = _joined_matrices(mlp["shared_experts"])
+    else:
+        mlp = _joined_matrices(mlp)
+    return {**layer, "self_attn": _joined_matrices(attention), "mlp": mlp}
+
+
+def _flat(weight: Any, n_in: int) -> Any:
+    """Two sides. A stored weight has them inside."""
+    if is_stored(weight):
+        return replace(weight, sides=weight.values.shape[-2:])
+    return weight.reshape(math.prod(weight.shape[:n_in]), math.prod(weight.shape[n_in:]))
+
+
+def _joined_matrices(params: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(params)
+    for names in JOINED:
+        if all(name in result and not is_stored(result[name]) for name in names):
+            result["+".join(names)] = jnp.concatenate([result.pop(name) for name in names], axis=-1)
+    return result
+
+
+def _experts_apart(layer: Any, config: ModelConfig) -> Any:
     """A layer's experts as tuples of arrays."""
 
     def split(path: Any, leaf: Any) -> Any:
@@ -75,7 +132,7 @@ def read(source: Tensors, config: ModelConfig, dtype: Dtype, *, keep_fp8: bool =
     def stack(name: str, n: int, first_row: int | None) -> Iterator[Any]:
         for i in range(n):
             layer = jax.tree.map(lambda leaf, i=i: one(leaf.at_layer(i)), tree[name])
-            yield layer, None if first_row is None else bias[first_row + i]
+            yield _laid_out(layer, config), None if first_row is None else bias[first_row + i]
 
     main, depth = config.n_main_moe_layers, config.num_nextn_predict_layers
     layers = (*stack("dense_layers", config.n_dense_layers, None), *stack("moe_layers", main, 0))
@@ -83,3 +140,43 @@ def read(source: Tensors, config: ModelConfig, dtype: Dtype, *, keep_fp8: bool =
     embed, norm = tensors(tree["embed_tokens"]), tensors(tree["norm"])
     head = embed if config.tie_word_embeddings else tensors(tree["lm_head"])
     return Serving(embed, norm, head, layers, depths)
+
+
+Bits = Literal["int8", "int4"]
+
+
+def quantised(model: Serving, bits: Bits) -> Serving:
+    """Weight-only quantisation for serving: every matrix that a step multiplies with, but for the router's, the MTP modules'
+    joining projection and k_up, v_up, which stay as they are; so does the embedding table, which is looked up.
+
+    int8 has a scale for each output channel, int4 one for each 64 inputs of it. Products stay in the compute dtype.
+    Raises ValueError for other bits.
+    """
+    if bits not in get_args(Bits):
+        raise ValueError(f"quantise: expected one of {', '.join(get_args(Bits))}, got {bits!r}")
+    convert = jax.jit(to_int8 if bits == "int8" else to_int4, static_argnums=1)
+
+    def matrix(path: Any, leaf: Any) -> Any:
+        name = next((key.key for key in reversed(path) if hasattr(key, "key")), "")
+        kept = name in ("gate", "eh_proj", "k_up", "v_up") or is_stored(leaf) or leaf.ndim < 2
+        return leaf if kept else convert(leaf, -2)
+
+    layers, depths = (
+        tuple((jax.tree_util.tree_map_with_path(matrix, params, is_leaf=is_stored), bias) for params, bias in group)
+        for group in (model.layers, model.depths)
+    )
+    return model._replace(lm_head=convert(model.lm_head, -1), layers=layers, depths=depths)
+
+
+class LogitError(NamedTuple):
+    """What rounding the weights did to the logits: root mean square, relative to the logits' own, and the largest."""
+
+    rms: float
+    largest: float
+
+
+def error_of(logits: Float[np.ndarray, "*batch V"], exact: Float[np.ndarray, "*batch V"]) -> LogitError:
+    error = np.asarray(logits, np.float64) - np.asarray(exact, np.float64)
+    return LogitError(
+        float(np.sqrt((error**2).mean() / (np.asarray(exact, np.float64) ** 2).mean())), float(np.abs(error).max())
+    )

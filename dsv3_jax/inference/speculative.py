@@ -35,7 +35,7 @@ class Drafting(NamedTuple):
 class Verified(NamedTuple):
     tokens_BT: Int[Array, "B T"]  # t_{n+1} .. t_{n+D+1}; those beyond `count` are void
     count_B: Int[Array, " B"]  # a + 1
-    close_B: Int[Array, " B"]  # of the tokens that count: chosen by a margin below CLOSE
+    close_BT: Bool[Array, "B T"]  # chosen by a margin below CLOSE
 
 
 def module_input(params: Any, hidden_BTD: Array, embedding_BTD: Array, config: ModelConfig) -> Array:
@@ -78,8 +78,6 @@ def verify(
     `logits` are of positions n .. n + D, which predict n + 1 ..; `position` is n.
     """
     drafts_BD, depth = drafting.drafts_BD, drafting.drafts_BD.shape[1]
-    top = jax.lax.top_k(logits_BTV, 2)[0]
-    close_BT = top[..., 0] - top[..., 1] < CLOSE
     if sampling.greedy:
         own_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
         accepted_BD = own_BT[:, :depth] == drafts_BD
@@ -90,8 +88,15 @@ def verify(
     place_T = jnp.arange(depth + 1, dtype=jnp.int32)[None, :]
     drafted_BT = jnp.pad(drafts_BD, ((0, 0), (0, 1)))
     tokens_BT = jnp.where(place_T < a_B[:, None], drafted_BT, replacement_BT)
-    close_B = (close_BT & (place_T <= a_B[:, None])).sum(axis=1, dtype=jnp.int32)
-    return Verified(tokens_BT, a_B + 1, close_B)
+    return Verified(tokens_BT, a_B + 1, close_calls(logits_BTV, sampling))
+
+
+def close_calls(logits: Float[Array, "*batch V"], sampling: Sampling) -> Bool[Array, "*batch"]:
+    """Where a greedy choice hangs on rounding. A draw never does."""
+    if not sampling.greedy:
+        return jnp.zeros(logits.shape[:-1], bool)
+    top = jax.lax.top_k(logits, 2)[0]
+    return top[..., 0] - top[..., 1] < CLOSE
 
 
 def _rejection(

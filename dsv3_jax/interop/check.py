@@ -12,6 +12,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.folder import Tensors
 from dsv3_jax.interop.names import IGNORED, SCALE, bias_names, copies, leaves
+from dsv3_jax.interop.safetensors import quoted
 from dsv3_jax.weights import FP8_BLOCK
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -28,8 +29,8 @@ def grid(shape: tuple[int, ...]) -> tuple[int, ...]:
 def wanted_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight and bias that a model of `config` is made of, without scales and copies."""
     for leaf in jax.tree.leaves(leaves(config)):
-        for _, name in leaf.names():
-            yield name, leaf.released_shape
+        shape = leaf.released_shape
+        yield from ((name, shape) for _, name in leaf.names())
     for name in bias_names(config):
         yield name, (config.n_routed_experts,)
 
@@ -53,7 +54,7 @@ def check_tensors(source: Tensors, config: ModelConfig) -> None:
     if surplus:
         more = f", and {len(surplus) - 1:,} more" if len(surplus) > 1 else ""
         raise ValueError(
-            f"{source.file_of(surplus[0])}: tensor {surplus[0]!r} is no part of this model by its config.json{more}"
+            f"{source.file_of(surplus[0])}: tensor {quoted(surplus[0])} is no part of this model by its config.json{more}"
         )
 
 
@@ -101,5 +102,6 @@ def _check_copy(source: Tensors, name: str, original: str) -> None:
         same = same and a[rows].tobytes() == b[rows].tobytes()
     if not same:
         raise ValueError(
-            f"{source.file_of(name)}: tensor {name!r} is not equal to {original!r}, which this model shares with it"
+            f"{source.file_of(name)}: tensor {name!r} is not equal to {original!r}, which this model shares with it; "
+            "mtp=False (--nomtp) leaves the MTP modules out"
         )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.interop.safetensors import quoted
+from dsv3_jax.weights import FP8_BLOCK
 
 # What a released file says beside the fields of ModelConfig, and what it must say for this architecture to be meant.
 EXPECTED: dict[str, Any] = {
@@ -38,10 +40,15 @@ REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
             "qk_rope_head_dim", "v_head_dim", "intermediate_size")  # fmt: skip
 # What a file means by leaving a field out, where that is not the released V3's value.
 LEFT_OUT: dict[str, Any] = {
-    "rope_scaling": None, "num_nextn_predict_layers": 0, "first_k_dense_replace": 0, "q_lora_rank": None, "n_group": 1,
+    "rope_scaling": None, "num_nextn_predict_layers": 0, "q_lora_rank": None, "n_group": 1,
     "topk_group": 1, "routed_scaling_factor": 1.0, "n_shared_experts": 0, "initializer_range": 0.02,
 }  # fmt: skip
+# Other names of our fields.
+ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
+FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}  # the only one read
+HINTS = typing.get_type_hints(ModelConfig)
 OURS = ("attention", "latent_norm_eps", "mtp_hidden", "mtp_concat", "aux_loss_topk")  # written only where they are not V3's
+NULL_MEANS_NONE = ("q_lora_rank", "rope_scaling")  # any other null is a field left out
 YARN_LEFT_OUT = {"mscale": 1.0, "mscale_all_dim": 0.0}  # without mscale_all_dim the softmax scale stays as it is
 
 
@@ -52,43 +59,69 @@ def model_config(released: Mapping[str, Any], where: str, **changes: Any) -> Mod
     Warns of keys that it does not know.
     """
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    released = {ALIASES.get(key, key): value for key, value in released.items()}
     for key, what in MEANS_ANOTHER_MODEL.items():
         if released.get(key):
             raise ValueError(f"{where}: {key} means {what}, which this architecture does not have")
     kind = released.get("model_type", MODEL_TYPES[0])
     if kind not in MODEL_TYPES:
-        raise ValueError(f"{where}: model_type: expected one of {', '.join(MODEL_TYPES)}, got {str(kind)[:50]!r}")
+        raise ValueError(f"{where}: model_type: expected one of {', '.join(MODEL_TYPES)}, got {quoted(kind)}")
+    _check_quantization(released.get("quantization_config"), where)
     for key, wanted in EXPECTED.items():
         if wanted is not None and released.get(key, wanted) not in (wanted, None):
-            raise ValueError(f"{where}: {key}: expected {wanted!r}, got {str(released[key])[:50]!r}")
+            raise ValueError(f"{where}: {key}: expected {wanted!r}, got {quoted(released[key])}")
     missing = [name for name in REQUIRED if name not in released]
     if missing:
         raise ValueError(f"{where}: {missing[0]} is missing")
+    for name in ("scoring_func", "topk_method"):
+        if ":" in str(released.get(name)):  # a stranger's file does not choose what is imported
+            raise ValueError(f"{where}: {name}: expected a built-in one, got {quoted(released[name])}")
     rope = _rope(released, where)
-    unknown = sorted(set(released) - fields - INERT - set(EXPECTED) - {"rope_parameters"})
+    unknown = sorted(set(released) - fields - INERT - set(EXPECTED) - {"rope_parameters", "mlp_layer_types"})
     if unknown:
-        warnings.warn(f"{where}: ignored, since unknown: {', '.join(key[:50] for key in unknown[:20])}", stacklevel=2)
-    values = {**LEFT_OUT, **_router(released), **{k: v for k, v in released.items() if k in fields}, **rope}
+        warnings.warn(f"{where}: ignored, since unknown: {', '.join(map(quoted, unknown[:20]))}", stacklevel=2)
+    given = {k: v for k, v in released.items() if k in fields and (v is not None or k in NULL_MEANS_NONE)}
+    values = {**LEFT_OUT, **_router(released), **_dense(released, where), **given, **rope}
     try:
         return ModelConfig(**{name: _typed(name, value) for name, value in (values | changes).items()})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
+def _check_quantization(given: Any, where: str) -> None:
+    for key, wanted in FP8_CONFIG.items() if given is not None else ():
+        found = given.get(key, wanted) if isinstance(given, Mapping) else given
+        if found != wanted:
+            raise ValueError(f"{where}: quantization_config: {key}: expected {wanted!r}, got {quoted(found)}")
+
+
+def _dense(released: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """How many layers come before the first with experts, where a newer file lists every layer's kind instead."""
+    kinds = released.get("mlp_layer_types")
+    if kinds is None:
+        first = 1 if released.get("model_type") == "glm4_moe_lite" else 0
+        return {"first_k_dense_replace": first}
+    n = kinds.count("dense") if isinstance(kinds, list) else 0
+    alike = isinstance(kinds, list) and len(kinds) == released["num_hidden_layers"]
+    if not alike or kinds[:n] != ["dense"] * n or any(kind != "sparse" for kind in kinds[n:]):
+        raise ValueError(f"{where}: mlp_layer_types: expected 'dense' for the first layers, 'sparse' for the others")
+    return {"first_k_dense_replace": n}
+
+
 def _router(released: Mapping[str, Any]) -> dict[str, Any]:
     """What a file that leaves it out means: V2's softmax and best score of a group, or V3's sigmoid and sum of two."""
-    score = released.get("scoring_func", "softmax" if released.get("model_type") == "deepseek_v2" else "sigmoid")
+    score = released.get("scoring_func") or ("softmax" if released.get("model_type") == "deepseek_v2" else "sigmoid")
     softmax = score == "softmax"
-    method = released.get("topk_method", "greedy" if softmax else "noaux_tc")
+    method = released.get("topk_method") or ("greedy" if softmax else "noaux_tc")
     best = 1 if method == "group_limited_greedy" else 2
     return {"scoring_func": score, "topk_method": method, "norm_topk_prob": not softmax, "group_score_topk": best}
 
 
 def _rope(released: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, from the released files' two keys or the newer `rope_parameters`."""
-    given = released.get("rope_parameters", released.get("rope_scaling"))
+    given = released.get("rope_parameters") or released.get("rope_scaling")
     if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"{where}: rope_scaling: expected an object or null, got {str(given)[:50]!r}")
+        raise ValueError(f"{where}: rope_scaling: expected an object or null, got {quoted(given)}")
     scaling = dict(given or {})
     theta = scaling.pop("rope_theta", released.get("rope_theta", 10000.0))
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
@@ -97,11 +130,11 @@ def _rope(released: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind != "yarn":
-        raise ValueError(f"{where}: rope_scaling: expected type yarn, got {str(kind)[:50]!r}")
+        raise ValueError(f"{where}: rope_scaling: expected type yarn, got {quoted(kind)}")
     names = {f.name for f in dataclasses.fields(RopeScaling)}
     if set(scaling) - names - {"truncate", "attention_factor"} or scaling.get("attention_factor") is not None:
         raise ValueError(
-            f"{where}: rope_scaling: expected the fields {', '.join(sorted(names))}, got {', '.join(scaling)[:200]}"
+            f"{where}: rope_scaling: expected the fields {', '.join(sorted(names))}, got {quoted(', '.join(scaling))}"
         )
     if not scaling.get("truncate", True):
         raise ValueError(f"{where}: rope_scaling: truncate=false is not this family's YaRN")
@@ -117,22 +150,26 @@ def _rope(released: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: expected a number, got {str(value)[:50]!r}")
+        raise ValueError(f"{name}: expected a number, got {quoted(value)}")
     return int(value) if name == "original_max_position_embeddings" else float(value)
 
 
 def _typed(name: str, value: Any) -> Any:
     """JSON's 10000 as the float that it stands for; anything else of a wrong type is refused."""
-    hint = typing.get_type_hints(ModelConfig)[name]
-    allowed = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else None
-    kinds = tuple(k for k in (allowed or (hint,)) if isinstance(k, type))
-    if typing.get_origin(hint) is typing.Literal or RopeScaling in kinds:
-        return value  # ModelConfig itself checks choices
+    hint = HINTS[name]
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {quoted(value)}")
+        return value
+    kinds = tuple(k for k in (typing.get_args(hint) or (hint,)) if isinstance(k, type))
+    if RopeScaling in kinds:
+        return value
     if float in kinds and type(value) is int:
         return float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise ValueError(f"{name}: expected {wanted}, got {str(value)[:50]!r}")
+        raise ValueError(f"{name}: expected {wanted}, got {quoted(value)}")
     return value
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dsv3_jax.interop.config_json import released_json
-from dsv3_jax.interop.folder import CONFIG, INDEX, SINGLE, Shard, read_json
+from dsv3_jax.interop.folder import CONFIG, INDEX, SINGLE, Layout, Shard, read_json
+from dsv3_jax.interop.names import leaves
 from dsv3_jax.interop.orbax_folder import TABLE, group_folder, grouped, save_group, table_text
 from dsv3_jax.interop.recode import Target, planned, quantization_config
-from dsv3_jax.interop.safetensors import Planned, header_bytes, write_file
+from dsv3_jax.interop.safetensors import Planned, header_bytes, parse_json, write_file
 from dsv3_jax.interop.source import Source
 from dsv3_jax.training.journal import write_text
 
@@ -23,7 +24,7 @@ Format = Literal["hf", "orbax"]
 STATE = "convert.json"
 # Small files that belong to a released model and are copied as they are.
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
-          "tokenizer.model", "LICENSE", "README.md")  # fmt: skip
+          "tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "README.md")  # fmt: skip
 Progress = Callable[[int], None]  # hears of bytes written
 
 
@@ -39,9 +40,9 @@ def convert(
 ) -> None:
     """Writes `source` to the folder `target`. `progress(total bytes)` gives the function that hears of bytes done.
 
-    "keep" leaves every tensor's bytes, and the division into files, as they are. With "fp8" and `power_of_two`, scales are ue8m0.
-    A target that a killed conversion left is completed. Raises ValueError if the target holds anything else, OSError for a disk
-    that does not take it: what is complete stays, and the same call goes on.
+    "keep" leaves every tensor's bytes, and the division into files, as they are. With "fp8" and `power_of_two`, new scales are
+    ue8m0. A target that a killed conversion left is completed. Raises ValueError if the target holds anything else, OSError
+    for a disk that does not take it: what is complete stays, and the same call goes on.
     """
     target = Path(target)
     if format not in get_args(Format):
@@ -52,13 +53,13 @@ def convert(
         raise ValueError(f"--target: expected another folder than the source, got {target}")
     tensors = planned(source.tensors, source.config, dtype, power_of_two=power_of_two)
     largest = max(_bytes(source, name) for name in source.tensors.entries)
-    shards = _shards(source, tensors, dtype, shard_bytes)
-    _claim(target, _claimed(source, tensors, format, dtype, shards))
+    layout = _layout(source, tensors, dtype, shard_bytes)
+    _claim(target, _claimed(source, tensors, format, dtype, layout))
     hear = progress(sum(tensor.n_bytes for tensor in tensors))
     if format == "hf":
-        _write_hf(target, tensors, shards, hear)
+        _write_hf(target, tensors, layout, hear)
     else:
-        _write_orbax(target, tensors, shards, max(2**20, largest), hear)
+        _write_orbax(target, tensors, layout, max(2**20, largest // 2), hear)
     for name in BESIDE:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, target / name)
@@ -71,24 +72,22 @@ def _bytes(source: Source, name: str) -> int:
     return Planned(name, dtype, shape, lambda: []).n_bytes
 
 
-def _shards(source: Source, tensors: Sequence[Planned], dtype: Target, shard_bytes: int) -> list[Shard]:
+def _layout(source: Source, tensors: Sequence[Planned], dtype: Target, shard_bytes: int) -> Layout:
     """Files and what is in them: the source's own where nothing changes, else in order, each up to `shard_bytes`."""
-    as_they_are = getattr(source.tensors, "shards", None)
-    if dtype == "keep" and as_they_are is not None:
-        return as_they_are()
+    as_it_is = getattr(source.tensors, "layout", None)
+    if dtype == "keep" and as_it_is is not None:
+        return as_it_is()
     groups = grouped(tensors, shard_bytes)
     n = len(groups)
     names = [SINGLE] if n == 1 else [f"model-{i:05d}-of-{n:06d}.safetensors" for i in range(1, n + 1)]
-    return [Shard(file, tuple(t.name for t in group), {"format": "pt"}) for file, group in zip(names, groups, strict=True)]
+    return Layout(tuple(Shard(f, tuple(t.name for t in g), {"format": "pt"}) for f, g in zip(names, groups, strict=True)))
 
 
-def _claimed(
-    source: Source, tensors: Sequence[Planned], format: Format, dtype: Target, shards: Sequence[Shard]
-) -> dict[str, Any]:
+def _claimed(source: Source, tensors: Sequence[Planned], format: Format, dtype: Target, layout: Layout) -> dict[str, Any]:
     """What is being made, to know it again."""
-    what = [[t.name, str(t.dtype), list(t.shape)] for t in tensors], [list(shard.names) for shard in shards]
+    what = [[t.name, str(t.dtype), list(t.shape)] for t in tensors], [list(shard.names) for shard in layout.shards]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    return {"source": source.tensors.where, "format": format, "dtype": dtype, "tensors": digest}
+    return {"source": str(Path(source.tensors.where).resolve()), "format": format, "dtype": dtype, "tensors": digest}
 
 
 def _claim(target: Path, claimed: dict[str, Any]) -> None:
@@ -114,36 +113,46 @@ def _claim(target: Path, claimed: dict[str, Any]) -> None:
     write_text(state, json.dumps(claimed, indent=1))
 
 
-def _write_hf(target: Path, tensors: Sequence[Planned], shards: Sequence[Shard], hear: Progress) -> None:
+def _write_hf(target: Path, tensors: Sequence[Planned], layout: Layout, hear: Progress) -> None:
     of_name = {tensor.name: tensor for tensor in tensors}
-    for shard in shards:
+    for shard in layout.shards:
         own = [of_name[name] for name in shard.names]
         path, size = target / shard.file, sum(tensor.n_bytes for tensor in own)
-        if path.exists() and path.stat().st_size == len(header_bytes(own, shard.metadata)) + size:
+        header = header_bytes(own, shard.metadata, shard.header.encode())
+        if path.exists() and path.stat().st_size == len(header) + size:
             hear(size)
         else:
-            write_file(path, own, shard.metadata, hear)
-    if [shard.file for shard in shards] != [SINGLE]:
-        weight_map = {name: shard.file for shard in shards for name in shard.names}
-        total = sum(tensor.n_bytes for tensor in tensors)
-        write_text(target / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+            write_file(path, header, own, hear)
+    if [shard.file for shard in layout.shards] != [SINGLE]:
+        write_text(target / INDEX, _index_text(tensors, layout))
 
 
-def _write_orbax(target: Path, tensors: Sequence[Planned], shards: Sequence[Shard], group_bytes: int, hear: Progress) -> None:
+def _index_text(tensors: Sequence[Planned], layout: Layout) -> str:
+    """The index as it stood, if it says just this."""
+    weight_map = {name: shard.file for shard in layout.shards for name in shard.names}
+    if layout.index_text and parse_json(layout.index_text.encode(), INDEX).get("weight_map") == weight_map:
+        return layout.index_text
+    total = sum(tensor.n_bytes for tensor in tensors)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _write_orbax(target: Path, tensors: Sequence[Planned], layout: Layout, group_bytes: int, hear: Progress) -> None:
     groups = grouped(tensors, group_bytes)
     for i, group in enumerate(groups):
         path = group_folder(target, i)
         if not path.exists():  # renamed to this name when complete
             save_group(path, group)
         hear(sum(tensor.n_bytes for tensor in group))
-    write_text(target / TABLE, table_text(groups, shards))
+    write_text(target / TABLE, table_text(groups, layout))
 
 
 def _config_text(source: Source, dtype: Target, power_of_two: bool) -> str:
     released = source.config_json
     if dtype == "keep" and released is not None:
-        return (source.folder / CONFIG).read_text(encoding="utf-8")
-    name = {"keep": source.config.param_dtype, "fp8": "bfloat16"}.get(dtype, dtype)
+        text = (source.folder / CONFIG).read_bytes()
+        return text.decode() if parse_json(text, CONFIG) == released else json.dumps(released, indent=2) + "\n"
+    stored = source.tensors.entries[leaves(source.config)["embed_tokens"].name(())][0].name
+    name = {"keep": stored, "fp8": "bfloat16"}.get(dtype, dtype)
     quantization = quantization_config(power_of_two) if dtype == "fp8" else None
     if released is None:
         values: dict[str, Any] = released_json(source.config, dtype=name, quantization=quantization)

@@ -1,10 +1,10 @@
 """Released tensors into parameters: straight from the mapped file into the array, or the device's slice of it.
 
-Beyond the arrays themselves memory for some rows of one matrix is needed, whatever the model's size.
+Beyond the arrays themselves memory for a block of one matrix is needed, whatever the model's size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -20,11 +20,12 @@ from dsv3_jax.interop.folder import Tensors
 from dsv3_jax.interop.names import SCALE, Leaf, bias_names, leaves
 from dsv3_jax.parallel.arrays import aligned_empty, from_pieces
 from dsv3_jax.parallel.collectives import Placement
+from dsv3_jax.parallel.mesh import LAYOUTS
 from dsv3_jax.parallel.rules import partition_spec
 from dsv3_jax.weights import FP8_BLOCK, BlockScaled
 
 Dtype = Literal["float32", "bfloat16", "stored"]
-CHUNK = 2**20  # elements that are converted at a time
+BLOCK = (256, 1024)  # rows and columns that are converted at a time
 Index = tuple[slice, ...]
 
 
@@ -65,10 +66,11 @@ def _read_leaf(source: Tensors, leaf: Leaf, kind: np.dtype, placement: Placement
     if kind != FP8:
         return _array(leaf.spec.shape, kind, partition_spec(dims), placement, lambda out, i: _fill(source, leaf, out, i))
     stack = len(leaf.stack)
-    if any(dims[stack:]):
+    within = [axes for axes in dims[stack:] if axes]
+    if within:
         raise ValueError(
-            f"{leaf.path}: FP8 with its scales divides over experts only, got mesh axes {[d for d in dims[stack:] if d]} within a "
-            "matrix; load it as bfloat16, or take a layout that leaves matrices whole"
+            f"{leaf.path}: FP8 with its scales divides over experts only, got mesh axes {within} within a matrix; "
+            "load it as bfloat16, or take a layout that leaves matrices whole"
         )
     n_out, n_in = leaf.released_shape
     spec = partition_spec((*dims[:stack], (), ()))
@@ -78,6 +80,11 @@ def _read_leaf(source: Tensors, leaf: Leaf, kind: np.dtype, placement: Placement
     values = _array(values_shape, FP8, spec, placement, lambda out, i: _copy(source, leaf, out, i, ""))
     scale = _array(scale_shape, scale_kind, spec, placement, lambda out, i: _copy(source, leaf, out, i, SCALE))
     return BlockScaled(values, scale, leaf.sides)
+
+
+def cuts_matrices(placement: Placement) -> bool:
+    """Whether the layout divides a matrix, and not only whole matrices among devices."""
+    return placement.tensor_axis is not None or LAYOUTS[placement.parallel.layout].shard_parameters
 
 
 def target_dtype(source: Tensors, leaf: Leaf, dtype: Dtype, keep_fp8: bool = False) -> np.dtype:
@@ -118,7 +125,9 @@ def _stack_places(leaf: Leaf, index: Index) -> Any:
 def _copy(source: Tensors, leaf: Leaf, out: np.ndarray, index: Index, suffix: str) -> None:
     """Matrices (or their scales) as they are, turned over."""
     for place, at in _stack_places(leaf, index):
-        out[place] = source.tensor(leaf.name(at) + suffix).T
+        released, target = source.tensor(leaf.name(at) + suffix), out[place].T
+        for rows, columns in _blocks(*released.shape):
+            target[rows, columns] = released[rows, columns]
 
 
 def _fill(source: Tensors, leaf: Leaf, out: np.ndarray, index: Index) -> None:
@@ -140,17 +149,27 @@ def fill_matrix(out: np.ndarray, leaf: Leaf, released: np.ndarray, scale: np.nda
         columns, rows = _flat(leaf.sides[: leaf.n_in], sides[: leaf.n_in]), _flat(leaf.sides[leaf.n_in :], sides[leaf.n_in :])
     else:
         target, (rows, columns) = out, (np.arange(part.start, part.stop) for part in sides)
-    whole_rows = len(columns) == released.shape[1]
-    step = max(1, CHUNK // max(1, len(columns)))
-    for start in range(0, len(rows), step):
-        chosen = rows[start : start + step]
-        run = slice(chosen[0], chosen[-1] + 1) if chosen[-1] - chosen[0] + 1 == len(chosen) else chosen
-        part = released[run] if whole_rows else released[run][:, columns]
+    for r, c in _blocks(len(rows), len(columns)):
+        part = _picked(released, rows[r], columns[c])
         if scale is not None:
-            values = scale[chosen // FP8_BLOCK].astype(np.float32)[:, columns // FP8_BLOCK]
-            values *= as_float(part, np.dtype(np.float32))
-            part = values
-        target[start : start + step] = as_float(part, out.dtype)
+            part = as_float(part, np.dtype(np.float32))
+            part *= scale[rows[r] // FP8_BLOCK].astype(np.float32)[:, columns[c] // FP8_BLOCK]
+        target[r, c] = as_float(part, out.dtype)
+
+
+def _blocks(n_rows: int, n_columns: int) -> Iterator[tuple[slice, slice]]:
+    """A matrix in pieces that stay in the cache while they are turned over, which is twice as fast as row by row."""
+    for row in range(0, n_rows, BLOCK[0]):
+        for column in range(0, n_columns, BLOCK[1]):
+            yield slice(row, min(row + BLOCK[0], n_rows)), slice(column, min(column + BLOCK[1], n_columns))
+
+
+def _picked(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Some rows and columns, ascending; a view where they are neighbours."""
+    near = [slice(at[0], at[-1] + 1) if at[-1] - at[0] + 1 == len(at) else None for at in (rows, columns)]
+    if near[0] is None and near[1] is None:
+        return matrix[np.ix_(rows, columns)]
+    return matrix[rows if near[0] is None else near[0], columns if near[1] is None else near[1]]
 
 
 def _flat(sizes: Sequence[int], index: Sequence[slice]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A checkpoint's tensors in another dtype, some rows at a time [§3.3.2; released format]: FP8 multiplied out, or made.
 
-A released FP8 weight is value * weight_scale_inv, one scale a block of 128 x 128; embedding, head, norms, the router and eh_proj
-are never FP8, and the router's bias is always float32.
+A released FP8 weight is value * weight_scale_inv, one scale a block of 128 x 128; embedding, head, norms, the router and
+eh_proj are never FP8, and the router's bias is always float32.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,13 +15,14 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.check import E8M0, FP8, grid
 from dsv3_jax.interop.folder import Tensors
-from dsv3_jax.interop.names import SCALE, bias_names, leaves
-from dsv3_jax.interop.read import CHUNK, as_float
+from dsv3_jax.interop.names import IGNORED, SCALE, bias_names, leaves
+from dsv3_jax.interop.read import as_float
 from dsv3_jax.interop.safetensors import Planned
 from dsv3_jax.weights import FP8_BLOCK
 
 Target = Literal["keep", "float32", "bfloat16", "fp8"]
 FP8_MAX, SMALLEST_AMAX = 448.0, 1e-4
+CHUNK = 2**18  # elements that are converted at a time
 NEVER_FP8 = ("embed_tokens", "lm_head", "gate", "eh_proj")
 
 
@@ -40,7 +41,7 @@ def planned(source: Tensors, config: ModelConfig, target: Target, *, power_of_tw
         is_scale = name.endswith(SCALE)
         if target == "fp8" and name in quantised and dtype != FP8:
             result += _quantised(source, name, shape, power_of_two)
-        elif target == "fp8" and (dtype == FP8 or is_scale):
+        elif name.endswith(IGNORED) or (target == "fp8" and (dtype == FP8 or is_scale)):
             result.append(_kept(source, name))
         elif not is_scale:
             kind = np.dtype(np.float32 if target == "float32" or name in biases else ml_dtypes.bfloat16)
@@ -69,13 +70,14 @@ def _kept(source: Tensors, name: str) -> Planned:
         tensor = source.tensor(name)
         yield from (tensor[rows] for rows in _rows(tensor.shape)) if tensor.ndim else iter([tensor])
 
-    return Planned(name, dtype, shape, pieces)
+    return Planned(name, dtype, shape, pieces, lambda: source.tensor(name))
 
 
 def _rows(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Runs of rows: whole blocks of FP8, about CHUNK elements."""
+    """Runs of about CHUNK elements; of rows whole blocks of FP8 where that many fit."""
     per_row = max(1, int(np.prod(shape[1:], dtype=np.int64)))
-    step = max(1, CHUNK // per_row // FP8_BLOCK) * FP8_BLOCK
+    step = max(1, CHUNK // per_row)
+    step = step // FP8_BLOCK * FP8_BLOCK or step
     yield from (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
@@ -85,40 +87,64 @@ def _cast(source: Tensors, name: str, kind: np.dtype) -> Iterator[np.ndarray]:
     for rows in _rows(tensor.shape):
         values = as_float(tensor[rows], np.dtype(np.float32))
         if scale is not None:
-            values = values * per_element(scale[rows.start // FP8_BLOCK :], values.shape)
+            of_row = scale[np.arange(rows.start, rows.stop) // FP8_BLOCK]
+            values *= np.repeat(of_row, FP8_BLOCK, axis=1)[:, : values.shape[1]]
         yield as_float(values, kind)
 
 
-def per_element(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales of blocks [r, c] as those of the elements of `shape`, whose first element begins a block."""
-    blocks = scale[: -(-shape[0] // FP8_BLOCK)]
-    return np.repeat(np.repeat(blocks, FP8_BLOCK, axis=0)[: shape[0]], FP8_BLOCK, axis=1)[:, : shape[1]]
-
-
 def _quantised(source: Tensors, name: str, shape: tuple[int, ...], power_of_two: bool) -> list[Planned]:
-    def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        tensor = source.tensor(name)
-        for part in _rows(shape):
-            yield quantise(as_float(tensor[part], np.dtype(np.float32)), power_of_two)
-
     kind = E8M0 if power_of_two else np.dtype(np.float32)
-    return [
-        Planned(name, FP8, shape, lambda: (values for values, _ in rows())),
-        Planned(name + SCALE, kind, grid(shape), lambda: (scale.astype(kind) for _, scale in rows())),
-    ]
+
+    def scales(tensor: np.ndarray, rows: slice) -> np.ndarray:
+        """Of one row of blocks."""
+        return np.concatenate([block_scale(_float(tensor[rows, c]), power_of_two) for c in _columns(shape)], axis=1)
+
+    def values() -> Iterator[np.ndarray]:
+        tensor = source.tensor(name)
+        for rows in _rows_of_blocks(shape):
+            scale, out = scales(tensor, rows), np.empty((rows.stop - rows.start, shape[1]), FP8)
+            for c in _columns(shape):
+                out[:, c] = quantise(_float(tensor[rows, c]), scale[:, c.start // FP8_BLOCK : -(-c.stop // FP8_BLOCK)])
+            yield out
+
+    def all_scales() -> Iterator[np.ndarray]:
+        tensor = source.tensor(name)
+        yield from (scales(tensor, rows).astype(kind) for rows in _rows_of_blocks(shape))
+
+    return [Planned(name, FP8, shape, values), Planned(name + SCALE, kind, grid(shape), all_scales)]
 
 
-def quantise(weight: np.ndarray, power_of_two: bool) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [out, in] -> FP8 values and float32 scales of its blocks: the largest magnitude becomes 448 [§3.3.2].
+def _float(values: np.ndarray) -> np.ndarray:
+    return as_float(values, np.dtype(np.float32))
+
+
+def _rows_of_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    yield from (slice(start, min(start + FP8_BLOCK, shape[0])) for start in range(0, shape[0], FP8_BLOCK))
+
+
+def _columns(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Runs of whole blocks: of a wide matrix only a few are float32 at a time."""
+    step = 8 * FP8_BLOCK
+    yield from (slice(start, min(start + step, shape[1])) for start in range(0, shape[1], step))
+
+
+def block_scale(weight: np.ndarray, power_of_two: bool) -> np.ndarray:
+    """float32 [out, in] -> scales of its blocks, by which the largest magnitude of each becomes 448 [§3.3.2].
 
     With `power_of_two` a scale is rounded up to one, so that dividing by it is exact.
     """
-    blocks = grid(weight.shape)
-    padded = np.zeros((blocks[0] * FP8_BLOCK, blocks[1] * FP8_BLOCK), np.float32)
-    padded[: weight.shape[0], : weight.shape[1]] = np.abs(weight)
-    largest = padded.reshape(blocks[0], FP8_BLOCK, blocks[1], FP8_BLOCK).max(axis=(1, 3))
+    starts = [np.arange(0, size, FP8_BLOCK) for size in weight.shape]
+    largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(weight), starts[0], axis=0), starts[1], axis=1)
     scale = np.maximum(largest, np.float32(SMALLEST_AMAX)) / np.float32(FP8_MAX)
-    if power_of_two:
-        scale = np.exp2(np.ceil(np.log2(scale))).astype(np.float32)
+    return np.exp2(np.ceil(np.log2(scale))).astype(np.float32) if power_of_two else scale
+
+
+def quantise(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """float32 [out, in] and `block_scale` of it -> FP8 values."""
     values = weight / per_element(scale, weight.shape)
-    return np.clip(values, -FP8_MAX, FP8_MAX).astype(FP8), scale
+    return np.clip(values, -FP8_MAX, FP8_MAX).astype(FP8)
+
+
+def per_element(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Scales of blocks as those of the elements of `shape`, whose first element begins a block."""
+    return np.repeat(np.repeat(scale, FP8_BLOCK, axis=0)[: shape[0]], FP8_BLOCK, axis=1)[:, : shape[1]]

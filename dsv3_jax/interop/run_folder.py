@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ BIAS = "bias"
 class RunFolder:
     """Opens a run's folder, or its `checkpoints`: reads the configuration of the newest complete checkpoint, no array.
 
-    `average` takes the exponential average of the weights instead of the weights. Raises ValueError, one line, if there is none.
+    `average` takes the exponential average of the weights instead. Raises ValueError, one line, if there is none.
     """
 
     def __init__(self, folder: str | Path, *, average: bool = False):
@@ -77,7 +77,7 @@ class RunFolder:
     def _bias(self) -> np.ndarray:
         return opened(self.folder / "state", BIAS).read().result()
 
-    @lru_cache(maxsize=None)  # noqa: B019  as long as the folder is in use
+    @cache  # noqa: B019  as long as the folder is in use
     def _dtype(self, path: str) -> np.dtype:
         return self._open(path).dtype.numpy_dtype
 

@@ -8,6 +8,7 @@ compared with the file's size, with itself, and range by range.
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,18 @@ class Entry(NamedTuple):
 class Header(NamedTuple):
     entries: dict[str, Entry]  # by name, in the order of their bytes
     metadata: dict[str, str]
+    text: bytes  # as it stands in the file
+
+
+def quoted(value: Any, most: int = 120) -> str:
+    """A stranger's string in an error message: short, in one line."""
+    text = str(value)
+    return repr(text if len(text) <= most else text[:most] + "...")
+
+
+def is_text(*values: Any) -> bool:
+    """Whether these are strings that UTF-8 can hold; JSON can spell others."""
+    return all(isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value) for value in values)
 
 
 def read_header(path: Path) -> Header:
@@ -73,8 +86,8 @@ def read_header(path: Path) -> Header:
         text = file.read(length)
     header = parse_json(text, str(path))
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: __metadata__: expected an object of strings, got {str(metadata)[:80]}")
+    if not isinstance(metadata, dict) or not is_text(*metadata, *metadata.values()):
+        raise ValueError(f"{path}: __metadata__: expected an object of strings, got {quoted(metadata)}")
     first = 8 + length
     entries = {name: _entry(path, name, value, first, size) for name, value in header.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -82,11 +95,11 @@ def read_header(path: Path) -> Header:
     for name, entry in ordered.items():
         if entry.start != end:
             what = "overlaps" if entry.start < end else f"leaves {entry.start - end:,} bytes unused after"
-            raise ValueError(f"{path}: tensor {name!r} {what} {before}")
-        end, before = entry.stop, repr(name)
+            raise ValueError(f"{path}: tensor {quoted(name)} {what} {before}")
+        end, before = entry.stop, quoted(name)
     if end != size:
         raise ValueError(f"{path}: {size - end:,} bytes that belong to no tensor after {before}")
-    return Header(ordered, metadata)
+    return Header(ordered, metadata, text)
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
@@ -97,7 +110,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
         if len(values) < len(pairs):
             seen: set[str] = set()
             doubled = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"{doubled!r} is there twice")
+            raise ValueError(f"{quoted(doubled)} is there twice")
         return values
 
     try:
@@ -113,17 +126,19 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, value: Any, first: int, size: int) -> Entry:
     def wrong(what: str) -> ValueError:
-        return ValueError(f"{path}: tensor {name[:200]!r}: {what}")
+        return ValueError(f"{path}: tensor {quoted(name)}: {what}")
 
+    if not is_text(name):
+        raise wrong("a name that is no text")
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
         raise wrong("expected dtype, shape and data_offsets")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise wrong(f"dtype: expected one of {', '.join(DTYPES)}, got {str(kind)[:50]!r}")
+        raise wrong(f"dtype: expected one of {', '.join(DTYPES)}, got {quoted(kind)}")
     if not _is_sizes(shape) or len(shape) > 8:
-        raise wrong(f"shape: expected a few non-negative integers, got {str(shape)[:80]}")
+        raise wrong(f"shape: expected a few non-negative integers, got {quoted(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise wrong(f"data_offsets: expected two non-negative integers, got {str(offsets)[:80]}")
+        raise wrong(f"data_offsets: expected two non-negative integers, got {quoted(offsets)}")
     (start, stop), dtype = offsets, np.dtype(DTYPES[kind])
     expected = math.prod(shape) * dtype.itemsize
     if stop - start != expected:
@@ -142,7 +157,7 @@ class MappedFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries, self.metadata = read_header(path)
+        self.entries, self.metadata, self.header_text = read_header(path)
 
     def tensor(self, name: str) -> np.ndarray:
         """Raises KeyError if there is none of that name.
@@ -168,45 +183,56 @@ class Planned(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[np.ndarray]]
+    whole: Callable[[], np.ndarray] | None = None  # all of it, where that is only a view
 
     @property
     def n_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def header_bytes(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file that holds `tensors` in this order, its length before it; padded to 8 bytes, as is usual."""
+def header_bytes(tensors: Sequence[Planned], metadata: Mapping[str, str], like: bytes = b"") -> bytes:
+    """The header of a file that holds `tensors` in this order, its length before it; padded to 8 bytes, as is usual.
+
+    Where the header `like` says just the same, it is taken as it stands.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for t in tensors:
         entries[t.name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.n_bytes]}
         at += t.n_bytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    if like and parse_json(like, "header") == entries:
+        text = like
+    else:
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def write_file(
-    path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str], progress: Callable[[int], None] = lambda n: None
-) -> None:
-    """Writes the file beside its place and renames it when it is whole; `progress` hears of every piece's bytes.
+def write_file(path: Path, header: bytes, tensors: Sequence[Planned], progress: Callable[[int], None] = lambda n: None) -> None:
+    """`header_bytes` and the tensors, beside their place, renamed when they are whole on the disk.
 
-    Raises OSError if the disk does not take it: what was begun is removed.
+    `progress` hears of every piece's bytes. Raises OSError, naming the file, if the disk does not take it: what was begun is
+    removed.
     """
     beside = path.with_name(path.name + ".part")
     try:
         with beside.open("wb") as file:
-            file.write(header_bytes(tensors, metadata))
+            file.write(header)
             for tensor in tensors:
                 written = 0
                 for piece in tensor.pieces():
                     assert piece.dtype == tensor.dtype, (tensor.name, piece.dtype, tensor.dtype)
                     data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-                    file.write(data)
+                    file.write(data.data)
                     written += data.nbytes
                     progress(data.nbytes)
                 assert written == tensor.n_bytes, (tensor.name, written, tensor.n_bytes)
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

@@ -44,15 +44,23 @@ def open_source(folder: str | Path, *, compute_dtype: str = "float32", mtp: bool
         tensors = OrbaxFolder(path) if (path / TABLE).exists() else ReleasedFolder(path)
         released = tensors.config_json
         config = model_config(released, str(path / CONFIG), param_dtype=compute_dtype, compute_dtype=compute_dtype, **NUMERICS)
-    if not mtp:
-        tensors = _without_mtp(tensors, config)
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    experts = config.n_routed_experts if config.n_moe_layers else 0
+    if max(layers, experts) > len(tensors.entries):  # said before anything is done for each of them
+        what = f"{layers:,} layers with {experts:,} experts"
+        raise ValueError(f"{path}: {len(tensors.entries):,} tensors are too few for {what}, which config.json promises")
+    if not mtp and config.num_nextn_predict_layers:
+        tensors = WithoutMtp(tensors, config)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        released = None if released is None else {**released, "num_nextn_predict_layers": 0}
     check_tensors(tensors, config)
     return Source(tensors, config, released, path)
 
 
-def _without_mtp(tensors: Any, config: ModelConfig) -> Any:
+class WithoutMtp:
     """The same tensors but for those of the layers after the main model's."""
-    layers = [f"model.layers.{config.num_hidden_layers + depth}." for depth in range(config.num_nextn_predict_layers)]
-    tensors.entries = {n: e for n, e in tensors.entries.items() if not layers or not n.startswith(tuple(layers))}
-    return tensors
+
+    def __init__(self, tensors: Tensors, config: ModelConfig):
+        layers = [f"model.layers.{config.num_hidden_layers + depth}." for depth in range(config.num_nextn_predict_layers)]
+        self.where, self.file_of, self.tensor = tensors.where, tensors.file_of, tensors.tensor
+        self.entries = {name: entry for name, entry in tensors.entries.items() if not name.startswith(tuple(layers))}

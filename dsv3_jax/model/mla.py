@@ -61,41 +61,23 @@ def attention_spec(config: ModelConfig) -> SpecTree:
     }
 
 
-def _down(params: Mapping[str, Any], name: str, x_BTD: Array) -> Array:
-    return remat.name(x_BTD @ params[name].astype(x_BTD.dtype), remat.LATENT)
-
-
-def _up(params: Mapping[str, Any], name: str, latent_BTC: Array) -> Array:
-    return jnp.einsum("btc,chd->bhtd", latent_BTC, params[name].astype(latent_BTC.dtype))
-
-
-def mla_queries(params: Mapping[str, Any], x_BTD: Array, config: ModelConfig) -> tuple[Array, Array]:
-    """Eqs. 6-8: content [B, H, T, C] and rotary [B, H, T, R] parts of the queries, not yet rotated."""
-    if config.q_lora_rank is None:
-        q = _up(params, "q_proj", x_BTD)
-    else:
-        c_q_BTC = rms_norm(_down(params, "q_a_proj", x_BTD), params["q_a_layernorm"], config.latent_norm_eps)
-        q = _up(params, "q_b_proj", c_q_BTC)
-    q_content, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-    return q_content, q_rope
-
-
-def mla_latent(params: Mapping[str, Any], x_BTD: Array, config: ModelConfig) -> tuple[Array, Array]:
-    """Eqs. 1, 3: the normalised latent c_kv [B, T, C], and k_rope [B, T, R], which bypasses the norm; not yet rotated."""
-    c_kv_BTC, k_rope_BTR = jnp.split(_down(params, "kv_a_proj_with_mqa", x_BTD), [config.kv_lora_rank], axis=-1)
-    return rms_norm(c_kv_BTC, params["kv_a_layernorm"], config.latent_norm_eps), k_rope_BTR
-
-
-def mla_expand(params: Mapping[str, Any], c_kv_BTC: Array, config: ModelConfig) -> tuple[Array, Array]:
-    """Eqs. 2, 5: content keys [B, H, T, C] and values [B, H, T, W] of every head, from the latent."""
-    k_content, v = jnp.split(_up(params, "kv_b_proj", c_kv_BTC), [config.qk_nope_head_dim], axis=-1)
-    return k_content, v
-
-
 def _mla_heads(params: Mapping[str, Any], x_BTD: Array, config: ModelConfig) -> Heads:
-    q_content, q_rope = mla_queries(params, x_BTD, config)
-    c_kv_BTC, k_rope_BTR = mla_latent(params, x_BTD, config)
-    k_content, v = mla_expand(params, c_kv_BTC, config)
+    """Eqs. 1-9: compress to latents, normalise them, expand per head; k_rope bypasses the latent and its norm."""
+
+    def down(name: str) -> Array:
+        return remat.name(x_BTD @ params[name].astype(x_BTD.dtype), remat.LATENT)
+
+    def up(latent_BTC: Array, name: str) -> Array:
+        return jnp.einsum("btc,chd->bhtd", latent_BTC, params[name].astype(x_BTD.dtype))
+
+    if config.q_lora_rank is None:
+        q = up(x_BTD, "q_proj")
+    else:
+        q = up(rms_norm(down("q_a_proj"), params["q_a_layernorm"], config.latent_norm_eps), "q_b_proj")
+    c_kv_BTC, k_rope_BTR = jnp.split(down("kv_a_proj_with_mqa"), [config.kv_lora_rank], axis=-1)
+    kv = up(rms_norm(c_kv_BTC, params["kv_a_layernorm"], config.latent_norm_eps), "kv_b_proj")
+    q_content, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+    k_content, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
     return Heads(q_content, q_rope, k_content, k_rope_BTR[:, None], v)
 
 

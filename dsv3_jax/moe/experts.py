@@ -28,7 +28,7 @@ from dsv3_jax.parallel.collectives import varying_like
 from dsv3_jax.weights import from_bits, is_stored, to_bits
 
 # gate and up [E, D, F], down [E, F, D]: arrays, stored weights, or each a tuple of E matrices
-Weights = tuple[Any, Any, Any]
+Weights = tuple[Any, ...]
 
 # Rows that one step of the walk handles. The last block of an expert is partly wasted; shorter ones make slower products.
 BLOCK = 64
@@ -44,21 +44,22 @@ def routed_experts(
 ) -> Float[Array, "N D"]:
     """The gated sum of each token's K experts, eq. 12; differentiable in x, gates and experts.
 
-    x_ND and the experts (`gate_proj`, `up_proj` [E, D, F], `down_proj` [E, F, D]) share one compute dtype, float32 or bfloat16,
-    or the experts are stored in few bits (`dsv3_jax.weights`; not differentiable then), or they are tuples of E matrices; gates
-    are float32; indices int32 in [0, E], distinct within a token, where E stands for no expert. Products and the sum over
-    k accumulate in float32, the result has x's dtype. `implementation`: "bucketed", "ragged_dot", "dense", or "auto": bucketed
-    on CPU, else ragged_dot.
+    x_ND and the experts (`gate_proj`, `up_proj` [E, D, F], `down_proj` [E, F, D]) share one compute dtype, float32 or bfloat16;
+    gates are float32; indices int32 in [0, E], distinct within a token, where E stands for no expert. Without differentiation
+    experts may also be stored in few bits (`dsv3_jax.weights`), or be tuples of E matrices (`gate_proj+up_proj`: side by side).
+    Products and the sum over k accumulate in float32, the result has x's dtype. `implementation`: "bucketed", "ragged_dot",
+    "dense", or "auto": bucketed on CPU, else ragged_dot.
 
     Raises ValueError for an unknown implementation or dtypes that differ from these.
     """
     if implementation not in ("auto", *_IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected one of {('auto', *_IMPLEMENTATIONS)}, got {implementation!r}")
-    weights = (experts["gate_proj"], experts["up_proj"], experts["down_proj"])
-    if isinstance(weights[0], tuple):
+    if isinstance(experts["down_proj"], tuple):
+        weights: Weights = tuple(experts[name] for name in (*sorted(set(experts) - {"down_proj"}), "down_proj"))
         if implementation not in ("auto", "bucketed"):
             raise ValueError(f"implementation: experts by themselves need bucketed, got {implementation!r}; stack them")
         return _walk(x_ND, gates_NK, weights, make_plan(indices_NK, len(weights[0])))
+    weights = (experts["gate_proj"], experts["up_proj"], experts["down_proj"])
     if any(w.dtype != x_ND.dtype and not is_stored(w) for w in weights):
         raise ValueError(f"experts: expected the dtype of x, {x_ND.dtype}, got {[str(w.dtype) for w in weights]}; cast them")
     if gates_NK.dtype != jnp.float32:
@@ -125,7 +126,7 @@ def _write(rows: Array, block: Array, start: Array) -> Array:
 def _weights_of(expert: Array, weight_bits: Weights, weights: Weights, dtype: jnp.dtype) -> list[Array]:
     """One expert's three matrices in `dtype`; `weights` says what the bits are."""
     if isinstance(weights[0], tuple):
-        return list(lax.switch(expert, [partial(_in_dtype, own, dtype) for own in zip(*weights, strict=True)]))
+        return list(lax.switch(expert, [partial(_three_of, own, dtype) for own in zip(*weights, strict=True)]))
 
     def own(bits: Array, like: Array) -> Array:
         return from_bits(lax.dynamic_index_in_dim(bits, expert, keepdims=False), like.dtype)
@@ -138,8 +139,10 @@ def _sides(down: Any) -> tuple[int, int]:
     return (down[0] if isinstance(down, tuple) else down).shape[-2:]
 
 
-def _in_dtype(weights: Any, dtype: jnp.dtype) -> Any:
-    return tuple(w.astype(dtype) for w in weights)
+def _three_of(weights: Any, dtype: jnp.dtype) -> Any:
+    """Gate, up and down of one expert by itself."""
+    *gate_up, down = (w.astype(dtype) for w in weights)
+    return (*(jnp.split(gate_up[0], 2, axis=-1) if len(gate_up) == 1 else gate_up), down)
 
 
 def _row_inputs(gates_NK: Array, plan: Plan) -> tuple[Array, Array]:
@@ -169,7 +172,7 @@ def _for_each_block(count: Array, body: Callable, carry):
 def _walk_forward(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan):
     """-> y [N, D], and what the backward pass needs: the inputs, and both pre-activations of every row in x's dtype."""
     token_R, gates_R = _row_inputs(gates_NK, plan)
-    rows, (width, hidden), dtype = token_R.shape[0], _sides(weights[2]), x_ND.dtype
+    rows, (width, hidden), dtype = token_R.shape[0], _sides(weights[-1]), x_ND.dtype
     weight_bits = jax.tree.map(to_bits, weights)
 
     def expert_step(expert, start, count, carry):

@@ -187,7 +187,7 @@ def _in_rounds(n_rounds: Array, body: Callable, carry: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _exchanged(x_ND: Array, gates_NK: Array, indices_NK: Array, weights: Weights, local: Local, placement: Placement) -> Array:
-    route = _route(indices_NK, len(weights["gate_proj"]), placement)
+    route = _route(indices_NK, weights["gate_proj"].shape[0], placement)
     x_RD, gates_R1 = take_rows(x_ND, route.token_R), gates_NK.reshape(-1, 1)[route.choice_R]
 
     def one_round(r: Array, y_RD: Array) -> Array:
@@ -206,7 +206,7 @@ def _exchanged_forward(x_ND: Array, gates_NK: Array, indices_NK: Array, weights:
 
 def _exchanged_backward(local: Local, placement: Placement, saved: Any, dy_ND: Array):
     x_ND, gates_NK, indices_NK, weights = saved
-    route = _route(indices_NK, len(weights["gate_proj"]), placement)
+    route = _route(indices_NK, weights["gate_proj"].shape[0], placement)
     x_RD, dy_RD = take_rows(x_ND, route.token_R), take_rows(dy_ND, route.token_R)
     gates_R1 = gates_NK.reshape(-1, 1)[route.choice_R]
 

@@ -3,6 +3,7 @@
 A checkpoint is a folder `<step>` of three items: `state` (arrays), `ema` (arrays) and `meta` (JSON: config, tokens seen,
 position in the data). Orbax writes it under a temporary name and renames it when all of it is there; an older one is removed
 only after that. Arrays are stored whole, whatever mesh they lay on: every process writes and reads its own devices' pieces.
+Another run may begin with the weights alone of one [§4.3].
 """
 
 import dataclasses
@@ -131,6 +132,77 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoint {folder} is damaged ({reason}); remove that folder to go on from the one before it"
             ) from error
+
+
+def newest_step(run: str | Path) -> int | None:
+    """Step of the newest complete checkpoint of the run in folder `run`; None if it has none. Writes nothing."""
+    folder = Path(run) / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return max(steps, default=None)
+
+
+def check_weights(run: str | Path, params: Any, bias: Any) -> int:
+    """Step of the newest checkpoint of the run in folder `run`.
+
+    Raises ValueError if there is none, or one of other shapes than `params` and `bias`; it names the first that differs.
+    """
+    step = newest_step(run)
+    if step is None:
+        raise ValueError(f"{run}: expected a run with a checkpoint to begin from, got none; name the --workdir of a run")
+    folder = Path(run).absolute() / "checkpoints" / str(step) / "state"
+    stored = _guarded_read(folder, lambda: ocp.PyTreeCheckpointHandler().metadata(folder).tree)
+    found, wanted = _shapes(stored["params"], stored["bias"]), _shapes(params, bias)
+    for name, shape in wanted.items():
+        if found.get(name) != shape:
+            raise _differs(run, name, shape, found.get(name))
+    for name, shape in found.items():
+        if name not in wanted:
+            raise _differs(run, name, None, shape)
+    return step
+
+
+def read_weights(run: str | Path, step: int, params: Any, bias: Any) -> tuple[Any, Any]:
+    """Parameters and router bias alone of checkpoint `step` of the run in folder `run`; at full precision where it has masters.
+
+    In the shapes, dtypes and shardings of `params` and `bias` (jax.ShapeDtypeStruct). Raises ValueError for a damaged one.
+    """
+    folder = Path(run).absolute() / "checkpoints" / str(step) / "state"
+
+    def read() -> Any:
+        handler = ocp.PyTreeCheckpointHandler()
+        has_masters = bool(jax.tree.leaves(handler.metadata(folder).tree["opt_state"]["master"]))
+        tree = {"opt_state": {"master": params}} if has_masters else {"params": params}
+        wanted = jax.tree.map(_placed, {**tree, "bias": bias})
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+            )
+
+    tree = _guarded_read(folder, read)
+    return tree["opt_state"]["master"] if "opt_state" in tree else tree["params"], tree["bias"]
+
+
+def _shapes(params: Any, bias: Any) -> dict[str, tuple[int, ...]]:
+    """Name of every parameter -> its shape, in the tree's order; then the bias."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return shapes | {"router bias": tuple(bias.shape)}
+
+
+def _differs(run: str | Path, name: str, expected: tuple[int, ...] | None, found: tuple[int, ...] | None) -> ValueError:
+    return ValueError(
+        f"{run}: {name}: expected shape {expected or 'none'}, got {found or 'none'}; "
+        "begin from a run whose model has the sizes of this one"
+    )
+
+
+def _guarded_read(folder: Path, call: Any) -> Any:
+    """`call()`; whatever the storage library raises about what it reads becomes one line."""
+    try:
+        return call()
+    except Exception as error:
+        raise ValueError(f"checkpoint {folder.parent} is damaged ({_reason(error)}); begin from another run") from error
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

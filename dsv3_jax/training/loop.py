@@ -2,6 +2,7 @@
 
 workdir/run.json        config, versions, corpus and its SHA-256, differences from the published recipe
 workdir/metrics.jsonl   one object a step        workdir/routing.bin   expert counts and router bias of every step
+workdir/tokenizer.json  as released models have theirs
 workdir/checkpoints/    complete or absent       workdir/validation.json, validation_load.npy   at the end
 
 Of several processes each computes, reads its own rows' documents, writes its part of a checkpoint; process 0 writes the rest.
@@ -23,13 +24,21 @@ from dsv3_jax.parallel.arrays import batch_to_mesh, rows_by_process, told_by_all
 from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.settings import override
 from dsv3_jax.training import schedules
-from dsv3_jax.training.checkpoint import Checkpoint, Checkpoints, Progress
+from dsv3_jax.training.checkpoint import Checkpoint, Checkpoints, Progress, check_weights, newest_step
 from dsv3_jax.training.console import Bar, Interrupt, Stop
 from dsv3_jax.training.ema import Ema, init_ema, update_ema
 from dsv3_jax.training.evaluate import Validation, validate
 from dsv3_jax.training.header import describe, header_lines
-from dsv3_jax.training.journal import Journal, finite, write_json
-from dsv3_jax.training.placed import abstract_placed, averaged_params, check_placement, first_state, micro_rows, placement_of
+from dsv3_jax.training.journal import Journal, finite, write_json, write_text
+from dsv3_jax.training.placed import (
+    abstract_placed,
+    averaged_params,
+    check_placement,
+    first_state,
+    micro_rows,
+    placement_of,
+    state_from,
+)
 from dsv3_jax.training.step import Hyper, TrainState, make_eval_step, make_train_step
 
 
@@ -63,13 +72,16 @@ def train(
     header: bool = True,
     progress: bool = True,
     step_limit: int | None = None,
+    init: str | Path | None = None,
 ) -> Result:
     """Train `config` in `workdir` to its end, or through step `step_limit`, or until Ctrl-C; checkpoints all the way.
 
-    `header` prints what the run is, `progress` shows a bar.
+    `header` prints what the run is, `progress` shows a bar. A run that has no checkpoint yet begins with the parameters and the
+    router bias of the run in folder `init`, if given, and stores them at once: from then on it needs that folder no more.
 
     Raises ValueError (bad config or data, a run is there and `resume` is not given, a checkpoint of another config or a
-    damaged one), OSError (disk) and FloatingPointError (`nonfinite_limit` steps in a row without a finite gradient).
+    damaged one, other shapes or another tokenizer in `init`), OSError (disk) and FloatingPointError (`nonfinite_limit` steps in
+    a row without a finite gradient).
     """
     workdir, first = Path(workdir), jax.process_index() == 0
     holds = not resume and any((workdir / name).exists() for name in ("run.json", "checkpoints"))
@@ -77,20 +89,28 @@ def train(
         raise ValueError(f"{workdir} holds a run already; add --resume to continue it, or take another --workdir")
     placement = placement_of(config)
     check_placement(config, placement)
+    if newest_step(workdir) is not None:
+        init = None
+    if init is not None:
+        like = abstract_placed(config, placement)
+        check_weights(init, like.params, like.bias)
     workdir.mkdir(parents=True, exist_ok=True)
     data = build_data(config.data, config.model.vocab_size)
+    if init is not None:
+        _require_same_tokenizer(init, data)
     feed = Feed(config, data, placement)
     compiled_steps(config, len(data.domains))  # what somebody else's function gets wrong is said before anything is written
     with Checkpoints(workdir / "checkpoints", config) as checkpoints:
-        start = _start(config, placement, checkpoints)
+        start = _start(config, placement, checkpoints, init)
         if start.progress.step > 0:
             _require_same_text(workdir, data)
-        run = describe(config, list(data.domains), data.summary, placement)
+        run = describe(config, list(data.domains), data.summary, placement) | _origin(workdir, init)
         journal: Any = contextlib.nullcontext()
         if first:
             if start.progress.step < schedules.total_steps(config):
                 (workdir / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
             write_json(workdir / "run.json", run)
+            write_text(workdir / "tokenizer.json", data.tokenizer.backend.to_str())
             if header:
                 print("\n".join(header_lines(run)), flush=True)
             journal = Journal(workdir, config.model.n_moe_layers, config.model.n_routed_experts, start.progress.step)
@@ -113,6 +133,24 @@ def _require_same_text(workdir: Path, data: Data) -> None:
             f"{workdir}: the corpus has changed since the run began (domain {', '.join(changed)}); "
             "restore its text, or start a run in another --workdir"
         )
+
+
+def _require_same_tokenizer(init: str | Path, data: Data) -> None:
+    """Raises ValueError if the run in `init` is known to have had another tokenizer: its weights would mean other tokens."""
+    path = Path(init) / "run.json"
+    theirs = json.loads(path.read_text())["data"] if path.exists() else {}
+    if theirs.get("tokenizer", data.summary["tokenizer"]) != data.summary["tokenizer"]:
+        raise ValueError(
+            f"{init}: expected a run with the tokenizer of this one, got another; set tokenizer= to the tokenizer.json that "
+            f"tokens-{theirs['key']} in its cache_dir holds"
+        )
+
+
+def _origin(workdir: Path, init: str | Path | None) -> dict[str, Any]:
+    """For run.json: which run's weights this one began with, kept when it goes on; nothing for one that began by itself."""
+    path = workdir / "run.json"
+    known = json.loads(path.read_text()).get("init") if init is None and path.exists() else init
+    return {} if known is None else {"init": str(known)}
 
 
 @lru_cache(maxsize=4)
@@ -165,8 +203,8 @@ class Feed:
         return validate(eval_step, params, bias, batches, self.data.domains, eval_bytes(self.data))
 
 
-def _start(config: Config, placement: Placement | None, checkpoints: Checkpoints) -> Checkpoint:
-    """The newest checkpoint, or step 0."""
+def _start(config: Config, placement: Placement | None, checkpoints: Checkpoints, init: str | Path | None) -> Checkpoint:
+    """The newest checkpoint, or step 0; with another run's weights, step 0 is a checkpoint."""
     like = abstract_placed(config, placement)
     ema = init_ema(like.opt_state.mu) if config.train.ema_decay else None  # of the parameters' shapes, in the moments' pieces
     latest = told_by_all(checkpoints.latest())
@@ -176,7 +214,13 @@ def _start(config: Config, placement: Placement | None, checkpoints: Checkpoints
         )
     if latest[0] is not None:
         return checkpoints.restore(like, ema)
-    return Checkpoint(first_state(config, placement), ema, Progress(step=0, tokens=0, data_state=None))
+    zero = Progress(step=0, tokens=0, data_state=None)
+    if init is None:
+        return Checkpoint(first_state(config, placement), ema, zero)
+    start = Checkpoint(state_from(init, config, placement), ema, zero)
+    checkpoints.save(start)
+    checkpoints.wait()
+    return start
 
 
 def _with_all_streams(checkpoint: Checkpoint) -> Checkpoint:

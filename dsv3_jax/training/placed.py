@@ -1,6 +1,7 @@
 """A run's state and weights on its mesh [§3.2]: what fits, the first state, and how arrays lie. No placement: one device."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ from jaxtyping import Array
 from dsv3_jax.config import Config
 from dsv3_jax.model.initial import initial_values
 from dsv3_jax.model.module import model_spec
-from dsv3_jax.parallel.arrays import check_batch, check_streams, from_pieces, to_mesh, zeros_on_mesh
+from dsv3_jax.parallel.arrays import check_batch, check_streams, from_pieces, to_mesh, told_by_first, zeros_on_mesh
 from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.training.checkpoint import check_weights, read_weights
 from dsv3_jax.training.ema import Ema, whole_average
 from dsv3_jax.training.step import TrainState, abstract_state, init_state, state_shardings
 
@@ -91,7 +93,6 @@ def first_state(config: Config, placement: Placement | None) -> TrainState:
         # committed to the device as restored arrays are: a fresh and a resumed run compile the same program
         return jax.device_put(init_state(config), jax.local_devices()[0])
     like = abstract_placed(config, placement)
-    zeros = jax.tree.map(lambda leaf: zeros_on_mesh(leaf.shape, leaf.dtype, leaf.sharding), like)
     draws = initial_values(model_spec(config.model), config.model.initializer_range, config.train.seed)
     param_dtype = jnp.dtype(config.model.param_dtype)
 
@@ -99,12 +100,38 @@ def first_state(config: Config, placement: Placement | None) -> TrainState:
         # a master starts as the parameter that it stands for, rounded
         return from_pieces(leaf.shape, leaf.sharding, lambda index: draw(index).astype(param_dtype).astype(leaf.dtype))
 
+    return _state_around(jax.tree.map(drawn, draws, _weights(like)), _zeros(like.bias), like)
+
+
+def state_from(run: str | Path, config: Config, placement: Placement | None) -> TrainState:
+    """The first state of a run that begins with the parameters and the router bias of the run in folder `run`.
+
+    Nothing else of that run is read: a fresh optimiser, step 0. Raises ValueError as `check_weights` and `read_weights` do.
+    """
+    like = abstract_placed(config, placement)
+    step = told_by_first(check_weights(run, like.params, like.bias))
+    weights, bias = read_weights(run, step, _weights(like), like.bias)
+    return _state_around(weights, bias, like)
+
+
+def _weights(like: TrainState) -> Any:
+    """The parameters at full precision."""
+    return like.params if like.opt_state.master is None else like.opt_state.master
+
+
+def _zeros(leaf: Any) -> Array:
+    return zeros_on_mesh(leaf.shape, leaf.dtype, leaf.sharding)
+
+
+def _state_around(weights: Any, bias: Array, like: TrainState) -> TrainState:
+    """Step 0 with these parameters, at full precision, and this bias."""
+    others = like._replace(params=None, opt_state=like.opt_state._replace(master=None))
+    zeros = jax.tree.map(_zeros, others)._replace(bias=bias)
     if like.opt_state.master is None:
-        return zeros._replace(params=jax.tree.map(drawn, draws, like.params))
-    master = jax.tree.map(drawn, draws, like.opt_state.master)
-    stored = jax.tree.map(lambda leaf: leaf.sharding, like.params)
-    rounded = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(param_dtype), tree), out_shardings=stored)
-    return zeros._replace(params=rounded(master), opt_state=zeros.opt_state._replace(master=master))
+        return zeros._replace(params=weights)
+    dtypes, stored = (jax.tree.map(lambda leaf, name=name: getattr(leaf, name), like.params) for name in ("dtype", "sharding"))
+    rounded = jax.jit(lambda tree: jax.tree.map(lambda a, dtype: a.astype(dtype), tree, dtypes), out_shardings=stored)
+    return zeros._replace(params=rounded(weights), opt_state=zeros.opt_state._replace(master=weights))
 
 
 def averaged_params(ema: Ema, state: TrainState) -> Any:

@@ -71,12 +71,12 @@ def test_the_fastest_training_line_of_the_size_counts():
         {"size": "mid", "what": "train", "tokens_per_s": 50.0},
         {"size": "bench", "what": "train", "error": "out of memory"},
     ]
-    assert _bench.best_training(lines, "bench")["tokens_per_s"] == 12.0
+    assert _bench.best_line(lines, "bench")["tokens_per_s"] == 12.0
 
 
 def test_a_peer_whose_lines_hold_only_an_error_is_a_failure():
-    with pytest.raises(ValueError, match="no training line.*'mid': out of memory"):
-        _bench.best_training([{"size": "mid", "what": "train", "error": "out of memory"}], "mid")
+    with pytest.raises(ValueError, match="no line on train.*'mid': out of memory"):
+        _bench.best_line([{"size": "mid", "what": "train", "error": "out of memory"}], "mid")
 
 
 def test_ours_and_the_peer_run_alternately():

@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import dsv3_jax.interop.read as read
 import dsv3_jax.model.mla as mla
 import dsv3_jax.model.mtp as mtp
 import dsv3_jax.model.rope as rope
@@ -22,6 +24,7 @@ sound = {
         (mla, "apply_rope"), (mla, "softmax_scale"), (rope, "rope_frequencies"), (mtp, "shifted"), (mtp, "module"),
         (mtp, "predicts_within_document"), (step, "move_bias"), (step, "objective"), (step, "batch_totals"),
         (step, "gradients"), (step, "sum_over_batch"), (step, "reduced"), (objective, "depth_losses"), (objective, "run_model"),
+        (read, "fill_matrix"), (read, "_fill"),
     ]
 }  # fmt: skip
 
@@ -284,6 +287,55 @@ def frequencies_without_yarn(config):
 def frequencies_all_interpolated(config):
     plain = frequencies_without_yarn(config)
     return plain if config.rope_scaling is None else plain / config.rope_scaling.factor
+
+
+# 11, 12, 13: the loader ------------------------------------------------------------------------------------------------
+
+
+def fill_layer_61_alone(source, leaf, out, index):
+    """The module is looked for under V3's own number, and without it stays empty."""
+    sound[read, "_fill"](source, leaf, out, index)
+    if leaf.path.startswith("mtp.") and leaf.first_layer != 61:
+        out[...] = 0
+
+
+def fill_with_first_mtp_layer(source, leaf, out, index):
+    """Every depth gets the first module's weights."""
+    sound[read, "_fill"](source, leaf, out, index)
+    if leaf.path.startswith("mtp."):
+        out[...] = out[:1]
+
+
+def fill_in_halves(out, leaf, released, scale, sides):
+    """The rotary rows of each head sorted into halves, for a rotation that turns pairs."""
+    sound[read, "fill_matrix"](out, leaf, released, scale, sides)
+    if leaf.path.endswith(("q_b_proj", "q_proj")):
+        out[..., -6:] = np.concatenate([out[..., -6::2], out[..., -5::2]], axis=-1)
+
+
+def fill_without_scale(out, leaf, released, scale, sides):
+    sound[read, "fill_matrix"](out, leaf, released, None, sides)
+
+
+def fill_with_neighbours_scale(out, leaf, released, scale, sides):
+    """Blocks at the edges take the scale of the whole block before them."""
+    if scale is not None:
+        edges = [size % 128 != 0 and -(-size // 128) > 1 for size in released.shape]
+        scale = np.array(scale)
+        if edges[0]:
+            scale[-1] = scale[-2]
+        if edges[1]:
+            scale[:, -1] = scale[:, -2]
+    sound[read, "fill_matrix"](out, leaf, released, scale, sides)
+
+
+def fill_with_shared_scale(out, leaf, released, scale, sides):
+    """Blocks counted from the bottom: right only where 128 divides the rows."""
+    if scale is not None and released.shape[0] > 128:
+        rows = (np.arange(released.shape[0]) + -released.shape[0] % 128) // 128
+        spread = np.asarray(scale, np.float32)[rows][:, np.arange(released.shape[1]) // 128]
+        released, scale = released.astype(np.float32) * spread, None
+    sound[read, "fill_matrix"](out, leaf, released, scale, sides)
 
 
 # 14: accumulation --------------------------------------------------------------------------------------------------------

@@ -35,11 +35,11 @@ def typed_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: float(v) if types[name] is float else v for name, v in values.items() if name in types}
 
 
-def from_checkpoint(tensors: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], jax.Array]:
-    """(params, bias [n_moe_layers, E]), float32, from tensors in (out, in) orientation."""
+def from_checkpoint(tensors: Mapping[str, Any], config: ModelConfig, xp: Any = jnp) -> tuple[dict[str, Any], Any]:
+    """(params, bias [n_moe_layers, E]), float32, from tensors in (out, in) orientation; `xp=np` compiles nothing."""
 
-    def weight(name: str, shape: tuple[int, ...]) -> jax.Array:
-        tensor = jnp.asarray(tensors[f"{name}.weight"], jnp.float32)
+    def weight(name: str, shape: tuple[int, ...]) -> Any:
+        tensor = xp.asarray(tensors[f"{name}.weight"], xp.float32)
         return tensor.T.reshape(shape)  # .T leaves a gain as it is
 
     def tree(spec: SpecTree, prefix: str) -> dict[str, Any]:
@@ -51,31 +51,31 @@ def from_checkpoint(tensors: Mapping[str, Any], config: ModelConfig) -> tuple[di
         if name == "experts":
             shapes = {part: child.shape for part, child in spec.items()}
             ids = range(config.n_routed_experts)
-            return {p: jnp.stack([weight(f"{prefix}experts.{e}.{p}", s[1:]) for e in ids]) for p, s in shapes.items()}
+            return {p: xp.stack([weight(f"{prefix}experts.{e}.{p}", s[1:]) for e in ids]) for p, s in shapes.items()}
         if isinstance(spec, Spec):
             return weight(prefix + ("shared_head.norm" if name == "norm" else name), spec.shape)
         return tree(spec, f"{prefix}{name}.")
 
     def layers(spec: SpecTree, first: int, last: int) -> Any:
-        return jax.tree.map(lambda *ws: jnp.stack(ws), *[tree(spec, f"model.layers.{i}.") for i in range(first, last)])
+        return jax.tree.map(lambda *ws: xp.stack(ws), *[tree(spec, f"model.layers.{i}.") for i in range(first, last)])
 
     main, dense = config.num_hidden_layers, config.n_dense_layers
     end = main + config.num_nextn_predict_layers
     params: dict[str, Any] = {
-        "embed_tokens": jnp.asarray(tensors["model.embed_tokens.weight"], jnp.float32),
+        "embed_tokens": xp.asarray(tensors["model.embed_tokens.weight"], xp.float32),
         "norm": weight("model.norm", (config.hidden_size,)),
     }
     if not config.tie_word_embeddings:
-        params["lm_head"] = jnp.asarray(tensors["lm_head.weight"], jnp.float32)
+        params["lm_head"] = xp.asarray(tensors["lm_head.weight"], xp.float32)
     if dense:
         params["dense_layers"] = layers(block_spec(config, dense=True), 0, dense)
     if dense < main:
         params["moe_layers"] = layers(block_spec(config, dense=False), dense, main)
     if end > main:
         params["mtp"] = layers(mtp_spec(config), main, end)
-    even = jnp.zeros(config.n_routed_experts)
+    even = xp.zeros(config.n_routed_experts)
     rows = [tensors.get(f"model.layers.{i}.mlp.gate.e_score_correction_bias", even) for i in range(dense, end)]
-    return params, jnp.stack([jnp.asarray(row, jnp.float32) for row in rows]) if rows else jnp.zeros((0, len(even)))
+    return params, xp.stack([xp.asarray(row, xp.float32) for row in rows]) if rows else xp.zeros((0, len(even)))
 
 
 def released_gradients(gradients: Any, tensors: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:

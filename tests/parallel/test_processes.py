@@ -171,6 +171,8 @@ def test_flags_that_make_no_job_are_one_line_and_status_2(capsys, root, tmp_path
         _cli.define_config_flags()
     if "coordinator" not in absl_flags.FLAGS:  # another test of this process may have defined the others
         _cli.define_process_flags()
+    if "init" not in absl_flags.FLAGS:
+        program.define_flags()
     given = set_flags({**micro_settings(root), **{name: str(value) for name, value in DIVISIBLE.items()}})
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", ["train", f"--workdir={tmp_path / 'run'}", *given, *flags])

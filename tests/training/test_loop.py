@@ -359,6 +359,8 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(capsys, flags, message, r
     if "preset" not in absl_flags.FLAGS:
         _cli.define_config_flags()
         _cli.define_process_flags()
+    if "init" not in absl_flags.FLAGS:
+        program.define_flags()
     with flagsaver.flagsaver():
         with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train", f"--workdir={tmp_path / 'run'}", *settings, *flags])
