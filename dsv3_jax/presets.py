@@ -122,7 +122,7 @@ _SMALL_DATA = DataConfig(seq_len=256, domain_bytes=600_000)
 _NEEDLES = Config(
     model=NEEDLES,
     train=replace(
-        _SMALL_TRAIN, steps=1000, batch_size=16, batch_size_start=16, warmup_steps=50, learning_rate=5e-3,
+        _SMALL_TRAIN, steps=1600, batch_size=16, batch_size_start=16, warmup_steps=50, learning_rate=5e-3,
         learning_rate_min=1e-3, learning_rate_final=1e-3, ema_decay=0.0,
     ),
     data=DataConfig(seq_len=256, domain_bytes=50_000, retrieval_bytes=4_000_000, fim_rate=0.0, eval_sequences=56),

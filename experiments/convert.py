@@ -7,6 +7,7 @@
 with the same command; until it is complete, the target has no config.json. Seconds a GB, and memory for two tensors.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -33,7 +34,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     for name in ("source", "target"):
         if not getattr(values, name):
             raise ValueError(f"--{name}: expected a folder, got none")
-    if not values.shard_gb > 0:
+    if not 0 < values.shard_gb < math.inf:
         raise ValueError(f"--shard_gb: expected a positive number, got {values.shard_gb}")
     if values.scales not in ("float32", "ue8m0"):
         raise ValueError(f"--scales: expected float32 or ue8m0, got {values.scales!r}")

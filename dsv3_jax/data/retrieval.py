@@ -26,7 +26,7 @@ FILLER = (
 )  # fmt: skip
 FILLER_SHARE = 0.3  # of a document's lines
 MOST_FACT_SHARE = 0.3  # of them; fewer where the facts would not reach to the end. The rest are questions
-SHORTEST = 8  # a document has between an eighth of the context and all of it
+SHORTEST = 4  # a document has between a quarter of the context and all of it
 LINE_TOKENS = 4  # of a line, on average
 
 
@@ -39,7 +39,7 @@ class Haystack(NamedTuple):
 
 
 def retrieval_documents(n_bytes: int, context: int, seed: int = 0) -> Iterator[str]:
-    """Documents of `context`/8 to `context` tokens (at one token a word and a fact) until about `n_bytes` bytes are out."""
+    """Documents of `context`/4 to `context` tokens (at one token a word and a fact) until about `n_bytes` bytes are out."""
     size, number = 0, 0
     while size < n_bytes:
         text = _document(context, np.random.default_rng((seed, context, number)))

@@ -25,6 +25,7 @@ from dsv3_jax.model.mtp import module
 from dsv3_jax.model.transformer import block, head_name, make_context
 from dsv3_jax.moe.router import Routing
 from dsv3_jax.parallel.collectives import Placement
+from dsv3_jax.weights import is_stored
 
 HEAD_ELEMENTS = 2**22  # of the output head at a time
 
@@ -190,8 +191,8 @@ def _run(function: Callable[..., _Layer], params: Any, bias_E: Any, *inputs: Arr
     """One layer; on a mesh each device computes its own sequences."""
     stored = None
     if supply.placement is not None:
-        arrays, tree = jax.tree.flatten(params)
-        stored = tree, tuple(a.sharding.spec for a in arrays)
+        weights, tree = jax.tree.flatten(params, is_leaf=is_stored)
+        stored = tree, tuple(jax.tree.leaves(w)[0].sharding.spec for w in weights)  # values and scales lie alike
     return _compiled(function, supply.config, supply.placement, len(inputs), stored)(params, bias_E, *inputs)
 
 

@@ -22,6 +22,7 @@ from dsv3_jax.training.journal import write_text
 
 Format = Literal["hf", "orbax"]
 STATE = "convert.json"
+SMALLEST_GROUP = 2**20  # bytes of an Orbax checkpoint; small tensors share one
 # Small files that belong to a released model and are copied as they are.
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
           "tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "README.md")  # fmt: skip
@@ -59,7 +60,7 @@ def convert(
     if format == "hf":
         _write_hf(target, tensors, layout, hear)
     else:
-        _write_orbax(target, tensors, layout, max(2**20, largest // 2), hear)
+        _write_orbax(target, tensors, layout, max(SMALLEST_GROUP, largest // 2), hear)
     for name in BESIDE:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, target / name)

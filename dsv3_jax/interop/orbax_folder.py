@@ -104,7 +104,7 @@ def save_group(path: Path, tensors: Sequence[Planned]) -> None:
     tree = {tensor.name: _whole(tensor) for tensor in tensors}
     args = ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda a: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what it says of an error is said below, in one line
     try:
         with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))) as checkpointer:
             checkpointer.save(path.absolute(), args=args)

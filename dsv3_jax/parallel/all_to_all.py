@@ -26,7 +26,7 @@ from dsv3_jax.moe.dispatch import make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import Placement, varying, varying_like
 from dsv3_jax.parallel.mesh import EXPERT
 
-Weights = Mapping[str, Float[Array, "E _ _"]]  # a rank's own experts
+Weights = Mapping[str, Any]  # gate_proj, up_proj, down_proj: [E, _, _] arrays, or stored in few bits (`dsv3_jax.weights`)
 Local = Callable[[Array, Array, Array, Weights], Array]  # (x [C, D], expert [C, 1], gates [C, 1], weights) -> y [C, D]
 
 

@@ -18,7 +18,7 @@ from oracles.decoding import END, predictable, reference_logits, reference_specu
 PROMPTS = [[1, 2, 3], [1, 4, 5, 2, 7, 3, 3], [5, 4, 3, 2]]
 NEW = 24
 CHAIN = 2  # modules of a chain
-SURE, UNSURE = 0.1, 0.6  # how much the model's blocks interfere with the successor that everyone knows
+SURE, UNSURE = 0.1, 0.85  # how much the model's blocks interfere with the successor that everyone knows
 DRAWN = Sampling(temperature=3.0, seed=5)
 
 
@@ -73,7 +73,7 @@ def test_drafts_change_no_greedy_token_and_are_accepted_as_often_as_the_referenc
     assert statistics.drafts == depths * statistics.steps
     assert statistics.acceptance == statistics.accepted / statistics.drafts
     assert statistics.tokens_per_step == 1 + statistics.accepted / statistics.steps
-    assert statistics.acceptance > 0.95 if noise == SURE else 0.2 < statistics.acceptance < 0.8
+    assert statistics.acceptance > 0.95 if noise == SURE else 0.3 < statistics.acceptance < 0.9
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Parameters from files: right to the bit for any shape, dtype and mesh, and with no more memory than they take."""
 
-import dataclasses
 import threading
 from pathlib import Path
 
@@ -12,27 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.config import Config, ParallelConfig
 from dsv3_jax.inference.loaded import load
 from dsv3_jax.interop import read
 from dsv3_jax.interop.folder import ReleasedFolder
 from dsv3_jax.interop.source import open_source
-from dsv3_jax.parallel.collectives import Placement
-from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.weights import BlockScaled
 from oracles.cases import CASES
 from oracles.checks_loader import check_same_parameters, check_stored_case
 from oracles.from_checkpoint import from_checkpoint, model_config
+from oracles.layouts import placement_of
 from oracles.released_folder import multiplied_out, released_config, released_tensors, write_folder
 from oracles.unchecked import unchecked
 
 BF16 = ml_dtypes.bfloat16
-
-
-def placement(layout, n_experts, **sizes):
-    config, parallel = Config(), ParallelConfig(layout=layout, **sizes)
-    model = dataclasses.replace(config.model, n_routed_experts=n_experts, n_group=1, topk_group=1, num_experts_per_tok=1)
-    return Placement(make_mesh(dataclasses.replace(config, parallel=parallel, model=model)), parallel)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,7 +101,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_on_a_mesh_each_device_reads_its_slice_alone(tmp_path, layout, monkeypatch):
     released, tensors = fp8_folder(tmp_path, num_nextn_predict_layers=1)
-    placed = placement(layout.split()[0], 8, **LAYOUTS[layout])
+    placed = placement_of(layout.split()[0], 8, **LAYOUTS[layout])
     made = []
     aligned = read.aligned_empty
     monkeypatch.setattr(read, "aligned_empty", lambda shape, dtype: made.append(tuple(shape)) or aligned(shape, dtype))
@@ -126,7 +117,7 @@ def test_on_a_mesh_each_device_reads_its_slice_alone(tmp_path, layout, monkeypat
 
 def test_on_a_mesh_of_experts_fp8_is_kept_in_slices(tmp_path):
     _, tensors = fp8_folder(tmp_path)
-    up = load(tmp_path, dtype="stored", placement=placement("report", 8)).params["moe_layers"]["mlp"]["experts"]["up_proj"]
+    up = load(tmp_path, dtype="stored", placement=placement_of("report", 8)).params["moe_layers"]["mlp"]["experts"]["up_proj"]
     for part in (up.values, up.scale):
         assert {shard.data.shape[1] for shard in part.addressable_shards} == {1}
     for shard in up.values.addressable_shards:
@@ -138,7 +129,7 @@ def test_on_a_mesh_of_experts_fp8_is_kept_in_slices(tmp_path):
 def test_a_mesh_that_cuts_matrices_refuses_to_keep_fp8(tmp_path):
     fp8_folder(tmp_path)
     with pytest.raises(ValueError, match="FP8 with its scales divides over experts only") as error:
-        load(tmp_path, keep_fp8=True, placement=placement("fully_sharded", 8))
+        load(tmp_path, keep_fp8=True, placement=placement_of("fully_sharded", 8))
     assert "\n" not in str(error.value)
 
 

@@ -70,7 +70,7 @@ def successor_tensors(
 
 
 @functools.cache
-def predictable(noise: float, *, ends: bool = False, depths: int = 3, seed: int = 0) -> Tiny:
+def predictable(noise: float, *, ends: bool = False, depths: int = 3, seed: int = 3) -> Tiny:
     """Successors in a circle of all tokens; without `ends`, of all but END."""
     released = TINY | {"num_nextn_predict_layers": depths}
     order = np.random.default_rng(seed).permutation(VOCABULARY)

@@ -14,7 +14,7 @@ from oracles.safetensors_reader import DTYPES
 BLOCK = 128
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 KIND = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
-NEVER_FP8 = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "eh_proj.weight", "e_score_correction_bias")
+NEVER_FP8 = ("embed_tokens.weight", "head.weight", "gate.weight", "eh_proj.weight", "e_score_correction_bias")
 
 
 def header_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
