@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dsv3_jax.interop.folder import CONFIG, Layout, Shard, is_file_name, read_json
-from dsv3_jax.interop.run_folder import opened
+from dsv3_jax.interop.run_folder import mapped_empty, read
 from dsv3_jax.interop.safetensors import DTYPES, NAMES, Planned, is_text, quoted
 
 TABLE = "tensors.json"
@@ -52,7 +52,7 @@ class OrbaxFolder:
         return str(group_folder(self.folder, self._group[name]))
 
     def tensor(self, name: str) -> np.ndarray:
-        array = opened(group_folder(self.folder, self._group[name]), name).read().result()
+        array = read(group_folder(self.folder, self._group[name]), name)
         dtype, shape = self.entries[name]
         if array.dtype == STORED.get(dtype):
             array = array.view(dtype)
@@ -117,7 +117,7 @@ def save_group(path: Path, tensors: Sequence[Planned]) -> None:
 def _whole(tensor: Planned) -> np.ndarray:
     if tensor.whole is not None:
         return tensor.whole().view(STORED.get(tensor.dtype, tensor.dtype))
-    whole, at = np.empty(tensor.shape, tensor.dtype), 0
+    whole, at = mapped_empty(tensor.shape, tensor.dtype), 0
     flat = whole.reshape(-1)
     for piece in tensor.pieces():
         flat[at : at + piece.size] = piece.reshape(-1)

@@ -1,7 +1,9 @@
 """The newest checkpoint of a training run, met under released names: what reads a released folder reads a run too."""
 
 import json
-from collections.abc import Mapping
+import math
+import mmap
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -70,19 +72,16 @@ class RunFolder:
         """A whole stack, which lies in one piece on the disk; the one read last is kept."""
         if self._held is None or self._held[0] != path:
             self._held = None
-            self._held = path, self._open(path).read().result()
+            self._held = path, read(self._item, self._prefix + path)
         return self._held[1]
 
     @cached_property
     def _bias(self) -> np.ndarray:
-        return opened(self.folder / "state", BIAS).read().result()
+        return read(self.folder / "state", BIAS)
 
     @cache  # noqa: B019  as long as the folder is in use
     def _dtype(self, path: str) -> np.dtype:
-        return self._open(path).dtype.numpy_dtype
-
-    def _open(self, path: str) -> Any:
-        return opened(self._item, self._prefix + path)
+        return opened(self._item, self._prefix + path).dtype.numpy_dtype
 
 
 def opened(folder: Path, name: str) -> Any:
@@ -92,3 +91,20 @@ def opened(folder: Path, name: str) -> Any:
         return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
     except ValueError as error:
         raise ValueError(f"{folder}: array {name!r} cannot be read: {str(error).splitlines()[0][:200]}") from None
+
+
+def read(folder: Path, name: str) -> np.ndarray:
+    """All of an array of an Orbax checkpoint. Raises ValueError, one line, if it is not there or damaged."""
+    array = opened(folder, name)
+    whole = mapped_empty(array.shape, array.dtype.numpy_dtype)
+    try:
+        tensorstore.array(whole, write=True).write(array).result()
+    except ValueError as error:
+        raise ValueError(f"{folder}: array {name!r} cannot be read: {str(error).splitlines()[0][:200]}") from None
+    return whole
+
+
+def mapped_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """`np.empty` of memory of its own: what `malloc` is given back it may keep, and then holds more than one array."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8, size).view(dtype).reshape(tuple(shape))

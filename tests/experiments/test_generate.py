@@ -159,7 +159,9 @@ def program(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | USUAL, **options)
 
 
-@pytest.mark.parametrize("argument", ["--temprature=1", "--checkpoint=/no/such", "prompt"])
+@pytest.mark.parametrize(
+    "argument", ["--temprature=1", *(pytest.param(a, marks=pytest.mark.slow) for a in ("--checkpoint=/no/such", "prompt"))]
+)
 def test_the_program_ends_with_status_2_and_one_line(argument):
     done = program(argument)
     assert done.returncode == 2 and done.stdout == ""

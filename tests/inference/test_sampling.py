@@ -42,7 +42,7 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(quarters, samplings)
 def test_filters_keep_what_the_reference_keeps(logits, sampling):
     # of one length, so that few programs are compiled: what is added is never drawn

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.inference import generate as generation
 from dsv3_jax.inference import speculative
+from dsv3_jax.inference.decode import padded
 from dsv3_jax.inference.sampling import GREEDY, Sampling
-from dsv3_jax.inference.speculative import CLOSE, Drafting, close_calls, verify
+from dsv3_jax.inference.speculative import CLOSE, Drafting, close_calls, speculative_step, verify
 from oracles import numpy_model
 from oracles.chi_square import rejected
+from oracles.decoding import predictable
 
 N = 20_000
 RNG = np.random.default_rng(3)
@@ -148,3 +151,28 @@ def test_close_calls_are_margins_below_the_bound_of_greedy_choices():
     logits = jnp.array([[1.0, 0.0, 1.0 - CLOSE / 2], [0.0, 1.0, 1.0 - 2 * CLOSE], [0.5, 0.5, 0.0], [3.0, 1.0, 1.0]])
     assert close_calls(logits, GREEDY).tolist() == [True, False, True, False]
     assert not close_calls(logits, HALF).any()
+
+
+@pytest.mark.slow
+def test_drafts_are_drawn_from_what_the_plain_modules_predict():
+    """After every step, whatever it accepted: scores of the whole chain against the reference on tokens and drafts."""
+    model, sampling, seed = predictable(0.85), Sampling(temperature=3.0), jnp.uint32(2)
+    known = [[1, 2, 3], [1, 4, 5, 2, 7, 3, 3]]
+    state = generation._begin(model.model, model.config, padded(known, 4), sampling, seed, 64, 4, (), 1)
+    drafting, cache, token_B, position_B = state.drafting, state.cache, state.token_B, state.position_B
+    step = jax.jit(lambda *at: speculative_step(model.model, *at, seed, sampling, model.config))
+    known, counts = [[*row, token] for row, token in zip(known, token_B.tolist(), strict=True)], set()
+    for _ in range(7):
+        for row, drafts, scores_DV in zip(known, drafting.drafts_BD.tolist(), drafting.scores_BDV, strict=True):
+            tokens = np.array([row + drafts])
+            main = numpy_model.forward(model.tensors, model.released, tokens)
+            modules = numpy_model.mtp_forward(model.tensors, model.released, main, tokens)
+            expected = [numpy_model.softmax(module["logits"][0, len(row) - 2] / 3.0) for module in modules]
+            # float32 against float64, of logits up to 20
+            np.testing.assert_allclose(jax.nn.softmax(scores_DV, axis=-1), expected, atol=2e-5)
+        cache, drafting, verified = step(cache, drafting, token_B, position_B)
+        for row, tokens, count in zip(known, verified.tokens_BT.tolist(), verified.count_B.tolist(), strict=True):
+            row += tokens[:count]
+            counts.add(count)
+        token_B, position_B = jnp.array([row[-1] for row in known], jnp.int32), position_B + verified.count_B
+    assert len(counts) >= 3

@@ -17,7 +17,9 @@ import pytest
 from dsv3_jax.inference.loaded import load
 from dsv3_jax.interop.convert import convert
 from dsv3_jax.interop.source import open_source
+from dsv3_jax.training import loop
 from oracles.cases import DATA
+from oracles.micro import micro_config
 from oracles.released_folder import released_config, released_tensors, write_folder
 
 HERE = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -57,9 +59,10 @@ def test_transformers_reads_what_we_write(tmp_path, way):
     np.testing.assert_allclose(logits_of_peer(tmp_path / "hf", tokens, tmp_path), ours, rtol=0, atol=TOLERANCE)
 
 
-def test_transformers_reads_a_training_runs_weights(tmp_path, trained):
+def test_transformers_reads_a_training_runs_weights(tmp_path):
     """config.json is ours then, every key of it."""
-    convert(open_source(trained), tmp_path / "hf")
+    loop.train(micro_config(tmp_path, steps=2), tmp_path / "run", header=False, progress=False)
+    convert(open_source(tmp_path / "run"), tmp_path / "hf")
     loaded = load(tmp_path / "hf")
     tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (2, 24))
     peer = logits_of_peer(tmp_path / "hf", tokens, tmp_path)
