@@ -4,7 +4,7 @@ A document is lines of three kinds: a sentence as filler; a fact, a key and its 
 question, the key of an earlier fact again with the value apart from it ("k t"). Which fact a question asks for is drawn evenly
 from all those before it, so the distance is anything from the line before to the whole document, and a window cut anywhere
 holds facts with questions. A fact is one word so that a tokenizer makes one token of it: to find a value takes one look at the
-past. With two tokens it would take a chain of two attentions, which forms after millions of tokens more than a small run has.
+past. Two tokens would take a chain of two attentions, which at the size of preset `needles` had not formed after 3 M tokens.
 """
 
 from collections.abc import Callable, Iterator

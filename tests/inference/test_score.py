@@ -57,7 +57,7 @@ def test_streamed_mtp_scores_are_the_stored_ones_and_unused_rows_are_empty():
     assert np.isnan(scores.mtp_logits[0, :, -1]).all() and (scores.mtp_router_indices[0, :, -1] == -1).all()
 
 
-@pytest.mark.parametrize("name", ["mtp", "fp8"])
+@pytest.mark.parametrize("name", ["mtp", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_a_whole_model_in_memory_gives_the_same_numbers(name):
     whole = load(DATA / name).score(load_case(name).expected["input_ids"])
     if name == "mtp":  # the same program
@@ -92,6 +92,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_kind_of_model_is_scored_as_the_reference_scores_it(tmp_path, variant):
     released = released_config(**VARIANTS[variant])
@@ -114,6 +115,7 @@ def test_every_kind_of_model_is_scored_as_the_reference_scores_it(tmp_path, vari
     assert streamed(tmp_path, tokens, mtp=False).mtp_logits is None
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_and_streams_as_it_loads():
     tokens = load_case("mtp").expected["input_ids"]
     whole, stream = load(DATA / "mtp", dtype="bfloat16").score(tokens), streamed(DATA / "mtp", tokens, "bfloat16")
