@@ -69,6 +69,7 @@ def test_a_prompt_is_continued_to_its_end(folder, capsys):
     assert err.count("\n") == 1 and err.startswith("2 tokens in ") and f"{len(ANSWER.encode()) + 1} new ones" in err
 
 
+@pytest.mark.slow
 def test_stop_strings_and_max_new_tokens_cut_it(folder, capsys):
     assert call(f"--checkpoint={folder}", "--prompt=a", "--max_new_tokens=99", "--stop=日b", "--stop=no") == 0
     assert capsys.readouterr().out == " né🌹\n"

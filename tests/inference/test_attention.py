@@ -77,7 +77,16 @@ def filled(kind):
     return np.asarray(rows), np.concatenate(outs, axis=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Of each kind of program one is fast.
+SLOW_KINDS = ("mha", "mqa")
+
+
+def kinds_of(cases):
+    """Parameters; those of the slow kinds are marked so."""
+    return [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW_KINDS else []) for case in cases]
+
+
+@pytest.mark.parametrize("kind", kinds_of((kind,) for kind in KINDS))
 def test_chunks_one_after_the_other_equal_the_whole(kind):
     np.testing.assert_allclose(filled(kind)[1], whole(kind)[1], atol=TOLERANCE)
 
@@ -87,7 +96,7 @@ def cases(kind):
     return [(True, 1), (True, CHUNK), (False, 1), (False, CHUNK)] if kind == "mla" else [(True, 1), (False, CHUNK)]
 
 
-@pytest.mark.parametrize(("kind", "absorbed", "length"), [(kind, *case) for kind in KINDS for case in cases(kind)])
+@pytest.mark.parametrize(("kind", "absorbed", "length"), kinds_of((kind, *case) for kind in KINDS for case in cases(kind)))
 @settings(max_examples=8)
 @given(data=st.data())
 def test_tokens_behind_a_cache_get_what_the_whole_sequence_gives_them(kind, absorbed, length, data):

@@ -133,7 +133,8 @@ def test_a_drawn_sequence_depends_neither_on_its_neighbours_nor_on_steps_or_chun
         assert run(model, sampling=DRAWN, chunk=16).tokens == first.tokens
 
 
-@pytest.mark.parametrize("depths", [None, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("depths", [None, 1])
 def test_seeds_repeat_a_continuation_and_differ_from_each_other(depths):
     model, prompts = predictable(UNSURE), [PROMPTS[0]] * 3
     one, again, other = (run(model, prompts, depths=depths, sampling=DRAWN._replace(seed=s)).tokens for s in (5, 5, 6))

@@ -37,7 +37,10 @@ def same_bits(a: Scores, b: Scores):
             np.testing.assert_array_equal(left, right, err_msg=name)
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("base", "fp8", "mtp")  # the whole model's tests compute all of them too
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CASES])
 def test_streamed_scores_are_the_stored_ones(name):
     config, _, expected = load_case(name)
     scores, first = streamed_case(name), config["first_k_dense_replace"]
