@@ -166,10 +166,9 @@ def _blocks(n_rows: int, n_columns: int) -> Iterator[tuple[slice, slice]]:
 
 def _picked(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Some rows and columns, ascending; a view where they are neighbours."""
-    near = [slice(at[0], at[-1] + 1) if at[-1] - at[0] + 1 == len(at) else None for at in (rows, columns)]
-    if near[0] is None and near[1] is None:
-        return matrix[np.ix_(rows, columns)]
-    return matrix[rows if near[0] is None else near[0], columns if near[1] is None else near[1]]
+    r, c = (slice(at[0], at[-1] + 1) if at[-1] - at[0] + 1 == len(at) else at for at in (rows, columns))
+    assert isinstance(r, slice) or isinstance(c, slice), "only one side of a matrix has heads"
+    return matrix[r, c]
 
 
 def _flat(sizes: Sequence[int], index: Sequence[slice]) -> np.ndarray:

@@ -46,7 +46,7 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
-@pytest.mark.parametrize("case", ["mtp", "fp8"])
+@pytest.mark.parametrize("case", ["fp8", pytest.param("mtp", marks=pytest.mark.slow)])
 def test_stored_cases_come_back_from_orbax_byte_by_byte(tmp_path, case):
     convert(open_source(DATA / case), tmp_path / "orbax", format="orbax")
     convert(open_source(tmp_path / "orbax"), tmp_path / "hf")
@@ -66,6 +66,7 @@ def test_every_byte_of_every_file_comes_back(source, tmp_path):
     same_files(source, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_orbax_holds_the_same_parameters(tmp_path):
     convert(open_source(DATA / "fp8"), tmp_path / "orbax", format="orbax")
     _, tensors, _ = load_case("fp8")
@@ -74,7 +75,7 @@ def test_orbax_holds_the_same_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("by_way_of", ["hf", "orbax"])
+@pytest.mark.parametrize("by_way_of", ["hf", pytest.param("orbax", marks=pytest.mark.slow)])
 def test_a_dtype_is_what_the_files_then_hold(source, tmp_path, target, by_way_of):
     held = multiplied_out({k: v for path in source.glob("*.safetensors") for k, v in read_safetensors(path).items()})
     convert(open_source(source), tmp_path / "a", format=by_way_of, dtype=target, shard_bytes=60_000)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from dsv3_jax.inference.loaded import load
 from dsv3_jax.interop import read
+from dsv3_jax.interop.config_json import model_config as interop_config
 from dsv3_jax.interop.folder import ReleasedFolder
+from dsv3_jax.interop.names import leaves
 from dsv3_jax.interop.source import open_source
 from dsv3_jax.weights import BlockScaled
-from oracles.cases import CASES
 from oracles.checks_loader import check_same_parameters, check_stored_case
 from oracles.from_checkpoint import from_checkpoint, model_config
 from oracles.layouts import placement_of
@@ -26,7 +27,7 @@ from oracles.unchecked import unchecked
 BF16 = ml_dtypes.bfloat16
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["fp8", "mtp", "noqlora", "wide"])
 def test_stored_checkpoints_become_the_parameters_that_they_are(case):
     check_stored_case(case)
 
@@ -62,11 +63,33 @@ def test_any_checkpoint_becomes_its_parameters(tmp_path_factory, sizes, dtype, f
     narrow = load(folder, dtype="bfloat16").params
     gates = [path for path, leaf in jax.tree_util.tree_leaves_with_path(narrow) if leaf.dtype != jnp.bfloat16]
     # The router's matrix stays as precise as the file has it.
-    assert all(path[-1].key == "gate" for path in gates) and (not gates) is (
-        dtype == BF16 or "moe_layers" not in narrow and "mtp" not in narrow
-    )
+    assert all(path[-1].key == "gate" for path in gates)
+    assert bool(gates) is (dtype != BF16 and not narrow.keys().isdisjoint({"moe_layers", "mtp"}))
     rounded = jax.tree.map(lambda a, b: b.astype(a.dtype), narrow, params)
     check_same_parameters(narrow, rounded)
+
+
+@given(st.data(), st.sampled_from(["kv_b_proj", "o_proj", "q_proj", "embed_tokens"]), st.booleans())
+def test_any_part_of_a_matrix_is_that_part_of_the_whole(data, name, is_fp8):
+    config = interop_config(released_config(hidden_size=150, kv_lora_rank=130, v_head_dim=40, q_lora_rank=None), "config.json")
+    tree = leaves(config)
+    leaf = tree[name] if name == "embed_tokens" else tree["moe_layers"]["self_attn"][name].at_layer(0)
+    released = np.random.default_rng(0).standard_normal(leaf.released_shape).astype(np.float32)
+    scale = None
+    if is_fp8 and name != "embed_tokens":
+        scale = np.arange(1.0, 17.0, dtype=np.float32).reshape(4, 4)[
+            : -(-released.shape[0] // 128), : -(-released.shape[1] // 128)
+        ]
+        released = released.astype(ml_dtypes.float8_e4m3fn)
+        whole = multiplied_out({"w": released, "w_scale_inv": scale})["w"]
+    else:
+        whole = released
+    starts = [data.draw(st.integers(0, size - 1)) for size in leaf.sides]
+    part = [slice(start, data.draw(st.integers(start + 1, size))) for start, size in zip(starts, leaf.sides, strict=True)]
+    out = np.full([p.stop - p.start for p in part], np.nan, np.float32)
+    read.fill_matrix(out, leaf, released, scale, part)
+    expected = whole if name == "embed_tokens" else whole.T.reshape(leaf.sides)
+    np.testing.assert_array_equal(out, expected[tuple(part)])
 
 
 def fp8_folder(path, **changes):
@@ -98,7 +121,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", [pytest.param(n, marks=pytest.mark.slow if "tensor" in n else []) for n in LAYOUTS])
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=[] if n == "fully_sharded" else pytest.mark.slow) for n in LAYOUTS])
 def test_on_a_mesh_each_device_reads_its_slice_alone(tmp_path, layout, monkeypatch):
     released, tensors = fp8_folder(tmp_path, num_nextn_predict_layers=1)
     placed = placement_of(layout.split()[0], 8, **LAYOUTS[layout])

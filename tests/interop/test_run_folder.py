@@ -26,7 +26,7 @@ def test_the_average_of_a_run_is_loaded_on_request(run):
     check_same_parameters(load(run.workdir, average=True).params, jax.tree.map(lambda p: p * np.float32(0.5), run.params))
 
 
-@pytest.mark.parametrize("format", ["hf", "orbax"])
+@pytest.mark.parametrize("format", ["hf", pytest.param("orbax", marks=pytest.mark.slow)])
 def test_a_run_is_written_in_either_format_and_comes_back(run, tmp_path, format):
     convert(open_source(run.workdir), tmp_path / format, format=format)
     loaded = load(tmp_path / format)
