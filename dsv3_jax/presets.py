@@ -50,7 +50,6 @@ GLM_4_7_FLASH = ModelConfig(
 )  # fmt: skip
 
 
-
 def extended(config: Config, seq_len: int, rope_scaling: RopeScaling, steps: int) -> Config:
     """A phase of the long-context extension [§4.3] of the run `config`; it begins with that run's weights or with a phase's.
 

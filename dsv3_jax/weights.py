@@ -6,6 +6,7 @@ is held with two sides, (in, out); where it has more, `sides` says which.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,21 @@ def to_bits(array: Array) -> Array:
 def from_bits(array: Array, dtype: Any) -> Array:
     """The array of `dtype` whose `to_bits` is this."""
     return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
+
+
+def as_bits_on_cpu(function: Callable[..., Array], *arrays: Array) -> Array:
+    """function(*arrays), which only moves their numbers; as `to_bits` where the program is for CPU, be it compiled elsewhere.
+
+    On TPUs a change of dtype is a copy.
+    """
+    dtype = arrays[0].dtype
+
+    def on_cpu(*arrays: Array) -> Array:
+        return from_bits(function(*map(to_bits, arrays)), dtype)
+
+    if dtype.itemsize > 2:
+        return function(*arrays)
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=function)
 
 
 @jax.tree_util.register_dataclass
@@ -152,15 +168,6 @@ def _scale_of(largest: Array, steps: int) -> Array:
 
 def is_stored(leaf: Any) -> bool:
     return isinstance(leaf, Stored)
-
-
-def selected(weight: Any, index: Array) -> Any:
-    """weight[index] along the first axis, for an index that is only known while running; the rest is not touched."""
-
-    def select(part: Array) -> Array:
-        return from_bits(lax.dynamic_index_in_dim(to_bits(part), index, keepdims=False), part.dtype)
-
-    return jax.tree.map(select, weight)
 
 
 def n_bytes(tree: Any) -> int:

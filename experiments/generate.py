@@ -7,7 +7,8 @@ DIR: a released folder with its tokenizer.json, one that `experiments.convert` w
 each line that is typed is a prompt (in `--chat`, a turn of one conversation); Ctrl-C ends an answer, Ctrl-D the program.
 `--prompt` may be given several times: all are continued side by side. `--speculative` drafts with the MTP modules; the last
 line says how many drafts were accepted. `--dtype=int8` (a scale a channel) or `int4` (one for 64 inputs) keeps matrices in so
-few bits.
+few bits. `--layout=decode` (or `prefill`) divides sequences, heads and experts among all devices, as the report does; the last
+line then says how evenly the experts' rows fell on them.
 """
 
 import sys
@@ -20,6 +21,7 @@ from dsv3_jax.inference.talk import Reply, Speaker, cost_of_bits, in_few_bits, o
 from dsv3_jax.inference.text import chat_ids, prompt_ids
 from dsv3_jax.interop.source import open_source
 from experiments import _cli
+from experiments._mesh import define_mesh_flags, placement_from, split_cpu
 
 DTYPES = ("float32", "bfloat16", "stored", "int8", "int4")
 
@@ -39,9 +41,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_multi_string("stop", [], "text that ends an answer; may be given several times", flag_values=values)
     flags.DEFINE_string("dtype", "float32", f"of weights: {', '.join(DTYPES)}", flag_values=values)
     flags.DEFINE_bool("average", False, "a run's averaged weights", flag_values=values)
+    define_mesh_flags(values, None)
 
 
 def main(values: flags.FlagValues = flags.FLAGS) -> int:
+    split_cpu(values)
     if not values.checkpoint:
         raise ValueError("--checkpoint: expected a folder, got none")
     if values.dtype not in DTYPES:
@@ -53,7 +57,10 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     compute = "bfloat16" if values.dtype == "bfloat16" else "float32"
     source = open_source(values.checkpoint, compute_dtype=compute, mtp=values.speculative, average=values.average)
     bits = values.dtype if values.dtype in ("int8", "int4") else None
-    speaker = open_speaker(source, "float32" if bits else values.dtype)
+    placement = placement_from(values, source.config)
+    if placement is not None and values.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype: expected float32 or bfloat16 with --layout, got {values.dtype!r}")
+    speaker = open_speaker(source, "float32" if bits else values.dtype, placement)
     if bits:
         exact, speaker = speaker, in_few_bits(speaker, bits)
         sample = prompt_ids(speaker.tokenizer, values.prompt[0] if values.prompt else "The answer is")
@@ -67,7 +74,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     if len(prompts) > 1:
         pairs = zip(values.prompt, answer.texts, strict=True)
         print("\n\n".join(f"[{i}] {asked}\n{text}" for i, (asked, text) in enumerate(pairs)))
-    print(summary(answer.statistics), file=sys.stderr)
+    print(summary(answer.statistics, answer.device_rows_LP), file=sys.stderr)
     return 0
 
 
@@ -110,7 +117,7 @@ def _converse(speaker: Speaker, sampling: Sampling, values: flags.FlagValues) ->
         except KeyboardInterrupt:
             print(flush=True)
             continue
-        print(summary(answer.statistics), file=sys.stderr)
+        print(summary(answer.statistics, answer.device_rows_LP), file=sys.stderr)
         if values.chat:
             turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.texts[0]}]
 

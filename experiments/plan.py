@@ -23,16 +23,16 @@ from dsv3_jax.analysis.figures import save
 from dsv3_jax.config import Config
 from dsv3_jax.parallel.mesh import PIPE
 from dsv3_jax.parallel.schedules import SCHEDULES, Costs
-from dsv3_jax.planner import aot, memory
+from dsv3_jax.planner import aot, aot_decode, memory
 from dsv3_jax.planner.chips import CHIPS, NUMBERS, Chip, chip_named
 from dsv3_jax.planner.pipelines import costs_of, timelines
 from dsv3_jax.planner.plan import make_plan
 from dsv3_jax.planner.question import Question
 from dsv3_jax.planner.receipts import Phases, Receipt, Run, receipts
-from dsv3_jax.planner.rows import Plan
+from dsv3_jax.planner.rows import Plan, Section
 from dsv3_jax.planner.share import make_share
 from dsv3_jax.planner.table import render, render_receipts
-from dsv3_jax.planner.targets import topology
+from dsv3_jax.planner.targets import Target, topology
 from dsv3_jax.presets import PRESETS, preset
 from dsv3_jax.settings import override, parse_settings, to_dict
 from dsv3_jax.training.journal import write_json
@@ -76,6 +76,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("micro_batches", None, "of the schedules (default: 20, or two a stage)", flag_values=values)
     flags.DEFINE_multi_string("schedule_set", [], f"name=value; any of {', '.join(Costs._fields)}", flag_values=values)
     flags.DEFINE_string("aot", None, "compile for tpu:v5p:8x8x8, gpu:h100:64x8, ...; gives chips and chip", flag_values=values)
+    flags.DEFINE_bool("decode", False, "with --aot: compile a decoding step instead, --requests a device", flag_values=values)
     flags.DEFINE_string("out", None, "folder for plan.json and plan.png", flag_values=values)
     flags.DEFINE_bool("receipts", False, "print the published figures, derived, and nothing else", flag_values=values)
 
@@ -98,6 +99,13 @@ def write(folder: Path, config: Config, chip: Chip, asked: Question, plan: Plan)
     _write_figure(folder / "plan.png", plan_figure.draw(plan, memory.causes(share), chip.hbm_gib, title))
     for timeline in timelines(share.sizes[PIPE], asked) if asked.schedule else ():
         _write_figure(folder / f"schedule-{timeline.schedule.name}.png", schedule_figure.draw(timeline))
+
+
+def decode_sections(config: Config, target: Target, asked: Question) -> tuple[Section, ...]:
+    print(f"\ncompiling a decoding step for {target.spec}, {len(target.devices)} devices: a minute or more ...", flush=True)
+    batch = aot_decode.Batch(asked.requests, asked.context)
+    compiled, model = aot_decode.compile_decode(config, target, batch)
+    return aot_decode.sections(config, compiled, model, batch)
 
 
 def _make(folder: Path) -> None:
@@ -126,7 +134,11 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         asked = asked._replace(chips=len(target.devices))
     plan = make_plan(config, chip, asked)
     print(render(plan), flush=True)
-    if target:
+    if target and values.decode:
+        added = decode_sections(config, target, asked)
+        plan = Plan((*plan.sections, *added), (*plan.assumptions, aot_decode.ASSUMPTION))
+        print("\n" + render(Plan(aot.shortened(added), (aot_decode.ASSUMPTION,))))
+    elif target:
         print(f"\ncompiling the step for {target.spec}, {len(target.devices)} devices: minutes ...", flush=True)
         compiled = aot.compile_step(config, target)
         added = aot.sections(plan, compiled)

@@ -21,7 +21,7 @@ from dsv3_jax.model.attention import causal_attention
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import plain_heads
 from dsv3_jax.model.rope import apply_rope, softmax_scale
-from dsv3_jax.weights import from_bits, to_bits
+from dsv3_jax.weights import as_bits_on_cpu
 
 Rope = tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
 SMALLEST_VIEW = 128  # rows of the cache that are looked at, at least
@@ -45,27 +45,31 @@ def views(size: int) -> list[int]:
 def cached_attention(
     params: Mapping[str, Any],
     x_BTD: Float[Array, "B T D"],
-    rows_BSC: Float[Array, "B S C"],
+    rows: Float[Array, "*layers B S C"],
     start_B: Int[Array, " B"],
     rope: Rope,
     config: ModelConfig,
     *,
     absorbed: bool,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B S C"]]:
+    layer: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "*layers B S C"]]:
     """T tokens of each sequence, from position `start` on, see themselves and what the cache has before them.
 
-    Returns what attention adds, and the cache with their rows written. `absorbed` multiplies queries into the latent's space
+    Returns what attention adds (of the heads that `params` have: on one of several tensor ranks a part of the sum), and the
+    cache with their rows written. `absorbed` multiplies queries into the latent's space
     and never makes a key; without it keys and values of all heads are expanded. MLA only; the others do the same in both cases.
+    `layer`: which one of a stack's caches it is, where `rows` are a stack's.
     """
     q_BHTK, new_BTC = (_mla_query_and_row if config.attention == "mla" else _plain_query_and_row)(params, x_BTD, rope, config)
-    rows_BSC = written(rows_BSC, new_BTC, start_B)
+    rows = written(rows, new_BTC, start_B, layer)
+    own_BSC = rows if layer is None else one_layer(rows, layer)
     kinds = {"mla": _absorbed if absorbed else _expanded}
     attend = partial(kinds.get(config.attention, _plain), params, config=config)
-    length, sizes = x_BTD.shape[1], views(rows_BSC.shape[1])
+    length, sizes = x_BTD.shape[1], views(rows.shape[-2])
 
     def over(size: int) -> Callable[[], Array]:
         def view() -> Array:
-            return attend(q_BHTK, rows_BSC[:, :size], visible_BTS(start_B, length, size))
+            return attend(q_BHTK, own_BSC[:, :size], visible_BTS(start_B, length, size))
 
         return view
 
@@ -79,19 +83,25 @@ def cached_attention(
         branches, which = [first, *branches], jnp.where(start_B.max() == 0, 0, which + 1)
     out_BHTW = branches[0]() if len(branches) == 1 else lax.switch(which, branches)
     out_BTW = rearrange(out_BHTW, "b h t w -> b t (h w)")
-    return out_BTW @ _flat(params["o_proj"], 2).astype(x_BTD.dtype), rows_BSC
+    return out_BTW @ params["o_proj"].astype(x_BTD.dtype), rows
 
 
-def _flat(weight: Any, n_in: int) -> Any:
-    return weight if weight.ndim == 2 else weight.reshape(-1, weight.shape[-1])
+def written(rows: Array, new_BTC: Array, start_B: Array, layer: Array | None = None) -> Array:
+    """`new` at positions start, start + 1, ... of each sequence; in place, where its caller lets go of `rows`."""
+    if layer is None:
+        return written(rows[None], new_BTC, start_B, jnp.int32(0))[0]
+
+    def write(rows_LBSC: Array, new_BTC: Array) -> Array:
+        for b in range(new_BTC.shape[0]):  # a scatter would be one operation, but have XLA turn the whole cache over for it
+            rows_LBSC = lax.dynamic_update_slice(rows_LBSC, new_BTC[None, b : b + 1], (layer, b, start_B[b], 0))
+        return rows_LBSC
+
+    return as_bits_on_cpu(write, rows, new_BTC.astype(rows.dtype))
 
 
-def written(rows_BSC: Array, new_BTC: Array, start_B: Array) -> Array:
-    """`new` at positions start, start + 1, ... of each sequence."""
-    bits, new = to_bits(rows_BSC), to_bits(new_BTC.astype(rows_BSC.dtype))
-    for b in range(rows_BSC.shape[0]):
-        bits = lax.dynamic_update_slice(bits, new[b : b + 1], (b, start_B[b], 0))
-    return from_bits(bits, rows_BSC.dtype)
+def one_layer(rows_LBSC: Array, layer: Array) -> Array:
+    """A stack's cache of one layer, copied: XLA on TPUs would copy all of it for branches that slice it themselves."""
+    return as_bits_on_cpu(lambda rows: lax.dynamic_index_in_dim(rows, layer, keepdims=False), rows_LBSC)
 
 
 def visible_BTS(start_B: Array, length: int, size: int) -> Array:
@@ -103,7 +113,7 @@ def visible_BTS(start_B: Array, length: int, size: int) -> Array:
 def _mla_query_and_row(params: Mapping[str, Any], x_BTD: Array, rope: Rope, config: ModelConfig) -> tuple[Array, Array]:
     """Eqs. 1, 3, 6-8: queries, content then rotated part, and what the cache holds of a token."""
     rank, latent = config.q_lora_rank, config.kv_lora_rank
-    heads, nope, rope_dim = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    heads, nope, rope_dim = params["k_up"].shape[0], config.qk_nope_head_dim, config.qk_rope_head_dim
     if rank is None:
         both = joined(params, ("q_proj", "kv_a_proj_with_mqa"), x_BTD)
         q_BTN, c_kv, k_rope = jnp.split(both, [heads * (nope + rope_dim), both.shape[-1] - rope_dim], axis=-1)

@@ -10,43 +10,45 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.attention import cache_width, cached_attention
 from dsv3_jax.inference.experts import gated, moe
-from dsv3_jax.inference.serving import Serving
+from dsv3_jax.inference.serving import Layer, Serving
+from dsv3_jax.inference.sharded import Stack, placement_of, stack_blocks
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.rope import rope_tables
+from dsv3_jax.parallel.arrays import zeros_on_mesh
 
 
 class Cache(NamedTuple):
     """One array [B, S, 512 + 64] a layer, in the compute dtype; `depths`: of the MTP modules, if they draft."""
 
-    layers: tuple[Float[Array, "B S C"], ...]
-    depths: tuple[Float[Array, "B S C"], ...] = ()
-
-    @property
-    def size(self) -> int:
-        """Positions that fit."""
-        return self.layers[0].shape[1]
+    layers: tuple[Float[Array, "*layers B S C"], ...]
+    depths: tuple[Float[Array, "*layers B S C"], ...] = ()
 
 
-def make_cache(config: ModelConfig, batch: int, size: int, *, depths: int = 0) -> Cache:
-    """Room for `size` positions of `batch` sequences."""
+def make_cache(config: ModelConfig, batch: int, size: int, *, depths: int = 0, model: Serving | None = None) -> Cache:
+    """Room for `size` positions of `batch` sequences; of a `model` on a mesh, for each of its stacks, and in pieces."""
     shape, dtype = (batch, size, cache_width(config)), jnp.dtype(config.compute_dtype)
 
-    def layers(n: int) -> tuple[Array, ...]:
-        return tuple(jnp.zeros(shape, dtype) for _ in range(n))
+    def rows(layer: Any) -> Array:
+        if not isinstance(layer, Stack):
+            return jnp.zeros(shape, dtype)
+        return zeros_on_mesh((layer.n_layers, *shape), dtype, layer.placement.sharding(layer.placement.batch_spec))
 
-    return Cache(layers(config.num_hidden_layers), layers(depths))
+    if model is None or placement_of(model) is None:
+        return Cache(tuple(map(rows, range(config.num_hidden_layers))), tuple(map(rows, range(depths))))
+    return Cache(tuple(map(rows, model.layers)), tuple(rows(module.block) for module in model.depths[:depths]))
 
 
 class Stream(NamedTuple):
-    """What a forward pass over new tokens gives: hidden states before and after the final norm."""
+    """What a forward pass over new tokens gives: hidden states before and after the final norm; on a mesh, rows by slot."""
 
     residual_BTD: Float[Array, "B T D"]
     normed_BTD: Float[Array, "B T D"]
+    count_LR: Int[Array, "L R"] | None = None  # (token, expert) pairs that each slot of each MoE layer computed
 
 
 def extend(
@@ -57,14 +59,36 @@ def extend(
     config: ModelConfig,
     *,
     absorbed: bool,
+    going_BT: Bool[Array, "B T"] | None = None,
 ) -> tuple[Stream, tuple[Array, ...]]:
-    """The main model on T new tokens of every sequence, from position `start` on; `rows` are the layers' caches."""
-    x_BTD = lookup(model, tokens_BT, config)
-    rope, new = positions(start_B, tokens_BT.shape[1], config), []
-    for (params, bias_E), layer_rows in zip(model.layers, rows, strict=True):
-        x_BTD, layer_rows = cached_block(params, bias_E, x_BTD, layer_rows, start_B, rope, config, absorbed=absorbed)
+    """The main model on T new tokens of every sequence, from position `start` on; `rows` are the layers' caches.
+
+    On a mesh, what is not `going` (default: everything is) is not sent to experts.
+    """
+    x_BTD, new, count_LR = lookup(model, tokens_BT, config), [], None
+    for layer, layer_rows in zip(model.layers, rows, strict=True):
+        x_BTD, layer_rows, count_LR = blocks(layer, x_BTD, layer_rows, start_B, going_BT, config, absorbed=absorbed)
         new.append(layer_rows)
-    return Stream(x_BTD, rms_norm(x_BTD, model.norm, config.rms_norm_eps)), tuple(new)
+    return Stream(x_BTD, rms_norm(x_BTD, model.norm, config.rms_norm_eps), count_LR), tuple(new)
+
+
+def blocks(
+    layer: Layer | Stack,
+    x_BTD: Array,
+    rows: Array,
+    start_B: Array,
+    going_BT: Array | None,
+    config: ModelConfig,
+    *,
+    absorbed: bool,
+) -> tuple[Array, Array, Array | None]:
+    """One layer, or all of a mesh's stack: what comes out, the cache, and the slots' rows."""
+    if isinstance(layer, Stack):
+        going_BT = jnp.ones(x_BTD.shape[:2], bool) if going_BT is None else going_BT
+        return stack_blocks(layer, x_BTD, rows, start_B, going_BT, config, absorbed=absorbed)
+    rope = positions(start_B, x_BTD.shape[1], config)
+    x_BTD, rows = cached_block(layer.params, layer.bias_E, x_BTD, rows, start_B, rope, config, absorbed=absorbed)
+    return x_BTD, rows, None
 
 
 def lookup(model: Serving, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
@@ -103,29 +127,37 @@ class Prompts(NamedTuple):
 
     tokens_BT: Int[np.ndarray, "B T"]
     length_B: Int[np.ndarray, " B"]
+    added: int = 0  # the last ones, that only fill the batch: nobody asked for them
 
 
-def padded(prompts: Any, chunk: int) -> Prompts:
-    """Prompts side by side, to whole chunks. Raises ValueError for none, or an empty one."""
+def padded(prompts: Any, chunk: int, ranks: int = 1) -> Prompts:
+    """Prompts side by side, to whole chunks, the shortest one again until they divide among `ranks`.
+
+    Raises ValueError for none, or an empty one.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or not lengths.min():
         raise ValueError(
             "prompts: expected at least one token in each, got " + ("none" if not len(lengths) else "an empty one")
         )
+    added = -len(lengths) % ranks
+    prompts, lengths = [*prompts, *[min(prompts, key=len)] * added], np.append(lengths, [lengths.min()] * added)
     tokens = np.zeros((len(lengths), -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return Prompts(tokens, lengths)
+    return Prompts(tokens, lengths.astype(np.int32), added)
 
 
 @lru_cache(maxsize=8)
 def _compiled_chunk(config: ModelConfig) -> Any:
     def chunk(
-        model: Serving, rows: tuple[Array, ...], tokens_BT: Array, start: Array, last_B: Array, hidden_BD: Array
+        model: Serving, rows: tuple[Array, ...], tokens_BT: Array, start: Array, last_B: Array, asked_B: Array, hidden_BD: Array
     ) -> tuple[Stream, tuple[Array, ...], Array]:
         """`hidden` of the prompts' last tokens is taken over from the chunk that they lie in."""
         batch, length = tokens_BT.shape
-        stream, rows = extend(model, rows, tokens_BT, jnp.broadcast_to(start, (batch,)), config, absorbed=False)
+        going_BT = start + jnp.arange(length, dtype=jnp.int32)[None, :] <= jnp.where(asked_B, last_B, -1)[:, None]
+        start_B = jnp.broadcast_to(start, (batch,))
+        stream, rows = extend(model, rows, tokens_BT, start_B, config, absorbed=False, going_BT=going_BT)
         place_B = last_B - start
         own = jnp.take_along_axis(stream.normed_BTD, jnp.clip(place_B, 0, length - 1)[:, None, None], axis=1)[:, 0]
         here = ((place_B >= 0) & (place_B < length))[:, None]
@@ -138,6 +170,7 @@ class Prefilled(NamedTuple):
     cache: Cache
     hidden_BD: Float[Array, "B D"]  # of each prompt's last token, after the final norm
     streams: tuple[Stream, ...]  # of the chunks, if they were kept
+    count_LR: Array | None  # as of `Stream`, of all chunks
 
 
 def prefill(
@@ -146,13 +179,16 @@ def prefill(
     """Runs the prompts through the model, `chunk` tokens at a time, keys and values expanded. The cache is donated."""
     compiled, rows = _compiled_chunk(config), cache.layers
     hidden = jnp.zeros((len(prompts.length_B), config.hidden_size), jnp.dtype(config.compute_dtype))
-    last, streams = jnp.asarray(prompts.length_B - 1), []
+    last, streams, count_LR = jnp.asarray(prompts.length_B - 1), [], None
+    asked = jnp.arange(len(prompts.length_B)) < len(prompts.length_B) - prompts.added
     for start in range(0, prompts.tokens_BT.shape[1], chunk):
         tokens = jnp.asarray(prompts.tokens_BT[:, start : start + chunk])
-        stream, rows, hidden = compiled(model, rows, tokens, jnp.int32(start), last, hidden)
+        stream, rows, hidden = compiled(model, rows, tokens, jnp.int32(start), last, asked, hidden)
+        if stream.count_LR is not None:
+            count_LR = stream.count_LR if count_LR is None else count_LR + stream.count_LR
         if keep:
             streams.append(stream)
-    return Prefilled(cache._replace(layers=rows), hidden, tuple(streams))
+    return Prefilled(cache._replace(layers=rows), hidden, tuple(streams), count_LR)
 
 
 def last_logits(model: Serving, config: ModelConfig, prompts: Any) -> Float[np.ndarray, "B V"]:

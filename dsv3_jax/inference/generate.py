@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.decode import Cache, Prompts, Stream, extend, make_cache, padded, prefill, project
 from dsv3_jax.inference.sampling import GREEDY, Sampling, check_sampling, draw
 from dsv3_jax.inference.serving import Serving
+from dsv3_jax.inference.sharded import placement_of
 from dsv3_jax.inference.speculative import Drafting, Verified, close_calls, drafted, fed, run_module, speculative_step
 from dsv3_jax.inference.speculative import lookup as lookup_embedding
 
@@ -55,6 +57,7 @@ class Statistics(NamedTuple):
 class Generated(NamedTuple):
     tokens: list[list[int]]  # new ones of every prompt, the end token included where it came
     statistics: Statistics
+    count_LR: Int[np.ndarray, "L R"] | None = None  # on a mesh: rows that each slot of the main model's MoE layers computed
 
 
 class _State(NamedTuple):
@@ -68,6 +71,7 @@ class _State(NamedTuple):
     steps: Int[Array, ""]  # sequences times passes
     accepted: Int[Array, ""]
     close: Int[Array, ""]
+    count_LR: Int[Array, "L R"] | None  # on a mesh, since the beginning
 
 
 OnTokens = Callable[[int, list[int]], bool]  # (sequence, its newest tokens) -> whether it should end
@@ -89,15 +93,17 @@ def generate(
     """Continues every prompt by up to `max_new_tokens`, or until one of `end_ids`, or until `on_tokens` says so.
 
     `speculative` drafts with the model's MTP modules; greedy tokens are the same, drawn ones are distributed the same. `chunk`
-    bounds the memory of the prompts' pass, `steps` how many passes run before the host looks.
+    bounds the memory of the prompts' pass, `steps` how many passes run before the host looks. On a mesh sequences are divided
+    among its ranks; as many as are missing are added, and left out of the result.
 
     Raises ValueError, one line, for prompts that are none or not of the vocabulary, a model without MTP modules, and sampling
     numbers out of range.
     """
     _check(config, prompts, max_new_tokens, sampling, speculative, model)
+    n_given, placement = len(prompts), placement_of(model)
     longest = max(map(len, prompts), default=1)
     chunk = min(chunk, max(16, 1 << (longest - 1).bit_length()))
-    batch = padded(prompts, chunk)
+    batch = padded(prompts, chunk, placement.batch_ranks if placement else 1)
     n_drafts = min(len(model.depths), int(batch.length_B.min())) if speculative else 0
     model = model._replace(depths=model.depths[:n_drafts])
     size = max(batch.tokens_BT.shape[1], _rounded(longest + max_new_tokens + 2 * n_drafts + 1))
@@ -105,19 +111,17 @@ def generate(
     plain, seed = sampling._replace(seed=0), jnp.uint32(sampling.seed)
     state = _begin(model, config, batch, plain, seed, size, chunk, tuple(end_ids), steps)
     limit_B = jnp.asarray(batch.length_B + max_new_tokens - 1)  # position of the last token that is wanted
-    # Committed to the model's device, as what a call returns is: the first call and the second are one program.
-    state = jax.device_put(
-        state._replace(done_B=state.done_B | (state.position_B >= limit_B)), next(iter(model.norm.devices()))
-    )
+    added_B = np.arange(len(batch.length_B)) >= n_given
+    state = _settled(state._replace(done_B=state.done_B | (state.position_B >= limit_B) | added_B), model)
     tokens: list[list[int]] = [[int(t)] for t in np.asarray(state.token_B)]
-    ended = [on_tokens(i, row) for i, row in enumerate(tokens)]
+    ended = [added_B[i] or on_tokens(i, row) for i, row in enumerate(tokens)]
     prefilled = time.perf_counter()
     run = _compiled_steps(config, plain, tuple(end_ids), steps, n_drafts)
     waited, total, timed, passes, accepted, close = 0.0, 0.0, 0, 0, 0, int(state.close)
     done = np.asarray(state.done_B) | np.array(ended)
     while not done.all():
         asked, known = time.perf_counter(), run.traces
-        state = run(model, state._replace(done_B=jnp.asarray(done)), limit_B, seed)
+        state = run(model, state._replace(done_B=jax.device_put(done, state.done_B.sharding)), limit_B, seed)
         out, count, now_done, *numbers = jax.device_get(
             (state.out_BN, state.count_B, state.done_B, state.steps, state.accepted, state.close)
         )
@@ -131,11 +135,12 @@ def generate(
         if run.traces == known:  # else it was compiled first
             waited, total = waited + answered - asked, total + time.perf_counter() - asked
             timed += int(count.sum())
+    tokens = tokens[:n_given]
     n_new = sum(map(len, tokens))
     return Generated(
         tokens,
         Statistics(
-            int(batch.length_B.sum()),
+            int(batch.length_B[:n_given].sum()),
             n_new,
             passes,
             passes * n_drafts,
@@ -146,7 +151,20 @@ def generate(
             timed,
             total - waited,
         ),
+        None if state.count_LR is None else np.asarray(state.count_LR),
     )
+
+
+def _settled(state: _State, model: Serving) -> _State:
+    """Where a call leaves it: on the model's device or, but for the cache, on all of its mesh.
+
+    The first call and the second are one program then.
+    """
+    placement = placement_of(model)
+    if placement is None:
+        return jax.device_put(state, model.norm.sharding)
+    small = jax.device_put(state._replace(cache=Cache((), ())), placement.sharding(PartitionSpec()))
+    return small._replace(cache=jax.device_put(state.cache, placement.sharding(placement.batch_spec)))
 
 
 def _rounded(size: int) -> int:
@@ -181,7 +199,7 @@ def _begin(
 ) -> _State:  # fmt: skip
     """The state after the prompts and the first new token."""
     batch, depths = len(prompts.length_B), len(model.depths)
-    cache = make_cache(config, batch, size, depths=depths)
+    cache = make_cache(config, batch, size, depths=depths, model=model)
     main = model._replace(depths=())  # the same programs with drafts and without
     done = prefill(main, cache, prompts, config, chunk=chunk, keep=bool(depths))
     length_B = jnp.asarray(prompts.length_B)
@@ -193,7 +211,7 @@ def _begin(
     out = jnp.zeros((batch, steps * (depths + 1)), jnp.int32)
     # One array each: the state is donated.
     passes, accepted, count_B = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
-    return _State(cache, drafting, token_B, length_B, over_B, out, count_B, passes, accepted, close)
+    return _State(cache, drafting, token_B, length_B, over_B, out, count_B, passes, accepted, close, done.count_LR)
 
 
 @lru_cache(maxsize=16)
@@ -290,7 +308,12 @@ def _compiled_steps(config: ModelConfig, sampling: Sampling, end_ids: tuple[int,
         def going(carry: tuple[Array, _State]) -> Array:
             return (carry[0] < steps) & ~carry[1].done_B.all()
 
-        return jax.lax.while_loop(going, body, (zero, state))[1]
+        state, placement = jax.lax.while_loop(going, body, (zero, state))[1], placement_of(model)
+        if placement is None:
+            return state
+        small = jax.lax.with_sharding_constraint(state._replace(cache=Cache((), ())), placement.sharding(PartitionSpec()))
+        rows = jax.lax.with_sharding_constraint(state.cache, placement.sharding(placement.batch_spec))
+        return small._replace(cache=rows)
 
     return _Compiled(run)
 
@@ -304,7 +327,11 @@ def _plain(
     sampling: Sampling,
     config: ModelConfig,
 ) -> _State:
-    stream, rows = extend(model, state.cache.layers, state.token_B[:, None], state.position_B, config, absorbed=True)
+    stream, rows = extend(
+        model, state.cache.layers, state.token_B[:, None], state.position_B, config, absorbed=True,
+        going_BT=~state.done_B[:, None],
+    )  # fmt: skip
+    state = _counted(state, stream.count_LR)
     logits_BV = project(model, stream.normed_BTD[:, 0])
     token_B = draw(logits_BV, state.position_B + 1, seed, sampling)
     tokens = Verified(token_B[:, None], jnp.ones_like(token_B), close_calls(logits_BV, sampling)[:, None])
@@ -321,11 +348,20 @@ def _speculative(
     config: ModelConfig,
 ) -> _State:
     assert state.drafting is not None
-    step = speculative_step(model, state.cache, state.drafting, state.token_B, state.position_B, seed, sampling, config)
+    step = speculative_step(
+        model, state.cache, state.drafting, state.token_B, state.position_B, seed, sampling, config, going_B=~state.done_B
+    )
+    state = _counted(state, step.count_LR)
     kept = jax.tree.map(
         lambda old, new: jnp.where(state.done_B.reshape((-1,) + (1,) * (new.ndim - 1)), old, new), state.drafting, step.drafting
     )
     return _advanced(state, step.verified, step.cache, kept, limit_B, end_ids)
+
+
+def _counted(state: _State, count_LR: Array | None) -> _State:
+    if count_LR is None or state.count_LR is None:
+        return state
+    return state._replace(count_LR=state.count_LR + count_LR)
 
 
 def _advanced(
@@ -357,4 +393,5 @@ def _advanced(
         state.steps + going_B.sum(dtype=jnp.int32),
         state.accepted + jnp.where(going_B, new.count_B - 1, 0).sum(dtype=jnp.int32),
         close,
+        state.count_LR,
     )

@@ -81,6 +81,26 @@ def device_loads(loads: ArrayLike, replicas: Replicas, num_gpus: int) -> DeviceL
     return DeviceLoads(before_LP, load_LR.reshape(layers, num_gpus, -1).sum(axis=2))
 
 
+def expert_rows(rows_LR: Int[np.ndarray, "L R"], replicas: Replicas) -> Int[np.ndarray, "L E"]:
+    """The load of each expert, from rows that its replicas computed: what the next placement is made of."""
+    total_LE = np.zeros(replicas.logcnt.shape, np.int64)
+    layer = np.arange(len(rows_LR))[:, None]
+    np.add.at(total_LE, (layer, np.asarray(replicas.phy2log)), rows_LR)
+    return total_LE
+
+
+def slot_rows_by_device(rows_LR: Int[np.ndarray, "L R"], num_gpus: int) -> Int[np.ndarray, "L P"]:
+    """Rows that each device computed."""
+    _require_multiple(rows_LR.shape[1], num_gpus)
+    return rows_LR.reshape(len(rows_LR), num_gpus, -1).sum(axis=2)
+
+
+def fullest_over_mean(rows_LP: Int[np.ndarray, "L P"] | Float[np.ndarray, "L P"]) -> Float[np.ndarray, " L"]:
+    """Of each layer: 1 in perfect balance, P if one device does everything. NaN for a layer without rows."""
+    mean = rows_LP.mean(axis=1)
+    return np.divide(rows_LP.max(axis=1), mean, out=np.full(len(mean), np.nan), where=mean > 0)
+
+
 def physical_weights(
     weights: Shaped[Array | np.ndarray, "L E *rest"], replicas: Replicas
 ) -> Shaped[Array | np.ndarray, "L R *rest"]:

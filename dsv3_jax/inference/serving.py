@@ -6,7 +6,7 @@ lie. On accelerators slices are read in place, and experts stay stacked.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -26,8 +26,22 @@ from dsv3_jax.weights import is_stored, to_int4, to_int8
 MOST_APART = 1024
 
 
+class Layer(NamedTuple):
+    """One block."""
+
+    params: Any
+    bias_E: Any  # its row of the router bias; None: a dense layer
+
+
+class Module(NamedTuple):
+    """One MTP module: what joins its inputs, its final norm, and its block."""
+
+    params: Any
+    block: Any  # Layer, or a Stack of one
+
+
 class Serving(NamedTuple):
-    """Parameters for decoding: `layers` and MTP `depths` are tuples of (parameters, row of the router bias or None)."""
+    """Parameters for decoding. `layers`: of Layer, or on a mesh of `sharded.Stack`; `depths`: of Module, a chain."""
 
     embed_tokens: Any
     norm: Any
@@ -55,21 +69,31 @@ def experts_apart(config: ModelConfig) -> bool:
 def from_params(params: Any, bias_LE: Array, config: ModelConfig) -> Serving:
     """From whole parameters, which are copied: the caller may let go of them."""
 
-    def stack(name: str, n: int, first_row: int | None) -> Iterator[Any]:
-        for i in range(n):
-            layer = jax.tree.map(lambda a, i=i: a[i], params[name])
-            yield _laid_out(_experts_apart(layer, config), config), None if first_row is None else bias_LE[first_row + i]
+    def layer(name: str, i: int) -> Any:
+        return _experts_apart(jax.tree.map(lambda a: a[i], params[name]), config)
 
-    main, depth = config.n_main_moe_layers, config.num_nextn_predict_layers
-    layers = (*stack("dense_layers", config.n_dense_layers, None), *stack("moe_layers", main, 0))
-    return Serving(params["embed_tokens"], params["norm"], params[head_name(config)], layers, tuple(stack("mtp", depth, main)))
+    layers, depths = _assembled(layer, bias_LE, config)
+    return Serving(params["embed_tokens"], params["norm"], params[head_name(config)], layers, depths)
 
 
-def _laid_out(layer: Any, config: ModelConfig) -> Any:
-    """A layer's parameters as the decoding step multiplies with them: two sides a matrix, and nothing to be turned over."""
-    if "block" in layer:  # an MTP module's
-        return {**layer, "block": _laid_out(layer["block"], config)}
-    attention, mlp = dict(layer["self_attn"]), dict(layer["mlp"])
+def _assembled(
+    layer: Callable[[str, int], Any], bias_LE: Array, config: ModelConfig
+) -> tuple[tuple[Layer, ...], tuple[Module, ...]]:
+    """The main model's layers and the MTP modules, from `layer(stack, i)`: the i-th of a stack of the parameter tree."""
+    main = config.n_main_moe_layers
+    dense = (Layer(_laid_out(layer("dense_layers", i), config), None) for i in range(config.n_dense_layers))
+    sparse = (Layer(_laid_out(layer("moe_layers", i), config), bias_LE[i]) for i in range(main))
+
+    def module(k: int) -> Module:
+        params = layer("mtp", k)
+        return Module(params, Layer(_laid_out(params.pop("block"), config), bias_LE[main + k]))
+
+    return (*dense, *sparse), tuple(map(module, range(config.num_nextn_predict_layers)))
+
+
+def attention_laid_out(attention: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """One attention's parameters with two sides a matrix, and for MLA what absorbs instead of the key-value projection."""
+    attention = dict(attention)
     if config.attention == "mla":
         # Absorbed, k_up turns a head's query into the latent's space, v_up a sum of latents into its value.
         kv_b_CHD = attention.pop("kv_b_proj").astype(jnp.dtype(config.compute_dtype))
@@ -78,7 +102,13 @@ def _laid_out(layer: Any, config: ModelConfig) -> Any:
         for name in ("q_b_proj", "q_proj"):
             if name in attention:
                 attention[name] = _flat(attention[name], 1)
-        attention["o_proj"] = _flat(attention["o_proj"], 2)
+    attention["o_proj"] = _flat(attention["o_proj"], 2)
+    return attention
+
+
+def _laid_out(layer: Any, config: ModelConfig) -> Any:
+    """A block's parameters as the decoding step multiplies with them: nothing to be turned over."""
+    attention, mlp = attention_laid_out(layer["self_attn"], config), dict(layer["mlp"])
     if "experts" in mlp:
         if experts_apart(config):
             each = zip(*(mlp["experts"][name] for name in ("gate_proj", "up_proj", "down_proj")), strict=True)
@@ -129,14 +159,10 @@ def read(source: Tensors, config: ModelConfig, dtype: Dtype, *, keep_fp8: bool =
             return tuple(tensors(leaf.at_expert(e)) for e in range(config.n_routed_experts))
         return tensors(leaf)
 
-    def stack(name: str, n: int, first_row: int | None) -> Iterator[Any]:
-        for i in range(n):
-            layer = jax.tree.map(lambda leaf, i=i: one(leaf.at_layer(i)), tree[name])
-            yield _laid_out(layer, config), None if first_row is None else bias[first_row + i]
+    def layer(name: str, i: int) -> Any:
+        return jax.tree.map(lambda leaf: one(leaf.at_layer(i)), tree[name])
 
-    main, depth = config.n_main_moe_layers, config.num_nextn_predict_layers
-    layers = (*stack("dense_layers", config.n_dense_layers, None), *stack("moe_layers", main, 0))
-    depths = tuple(stack("mtp", depth, main))
+    layers, depths = _assembled(layer, bias, config)
     embed, norm = tensors(tree["embed_tokens"]), tensors(tree["norm"])
     head = embed if config.tie_word_embeddings else tensors(tree["lm_head"])
     return Serving(embed, norm, head, layers, depths)
@@ -150,21 +176,23 @@ def quantised(model: Serving, bits: Bits) -> Serving:
     joining projection and k_up, v_up, which stay as they are; so does the embedding table, which is looked up.
 
     int8 has a scale for each output channel, int4 one for each 64 inputs of it. Products stay in the compute dtype.
-    Raises ValueError for other bits.
+    Raises ValueError for other bits, and for a model on a mesh.
     """
     if bits not in get_args(Bits):
         raise ValueError(f"quantise: expected one of {', '.join(get_args(Bits))}, got {bits!r}")
+    if not all(isinstance(layer, Layer) for layer in model.layers):
+        raise ValueError("quantise: expected a model on one device, got one on a mesh")
     convert = jax.jit(to_int8 if bits == "int8" else to_int4, static_argnums=1)
 
     def matrix(path: Any, leaf: Any) -> Any:
         name = next((key.key for key in reversed(path) if hasattr(key, "key")), "")
-        kept = name in ("gate", "eh_proj", "k_up", "v_up") or is_stored(leaf) or leaf.ndim < 2
+        kept = name in ("gate", "k_up", "v_up") or is_stored(leaf) or leaf.ndim < 2
         return leaf if kept else convert(leaf, -2)
 
-    layers, depths = (
-        tuple((jax.tree_util.tree_map_with_path(matrix, params, is_leaf=is_stored), bias) for params, bias in group)
-        for group in (model.layers, model.depths)
-    )
+    def block(layer: Layer) -> Layer:
+        return layer._replace(params=jax.tree_util.tree_map_with_path(matrix, layer.params, is_leaf=is_stored))
+
+    layers, depths = tuple(map(block, model.layers)), tuple(m._replace(block=block(m.block)) for m in model.depths)
     return model._replace(lm_head=convert(model.lm_head, -1), layers=layers, depths=depths)
 
 

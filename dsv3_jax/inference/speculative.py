@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.decode import Cache, Stream, cached_block, extend, lookup, positions, project
+from dsv3_jax.inference.decode import Cache, Stream, blocks, extend, lookup, project
 from dsv3_jax.inference.sampling import Sampling, draw, filtered, keys_at
-from dsv3_jax.inference.serving import Serving
+from dsv3_jax.inference.serving import Module, Serving
 from dsv3_jax.model.layers import rms_norm
 
 CLOSE = 1e-4  # two largest logits nearer than this: rounding may choose either
@@ -50,14 +50,19 @@ def module_input(params: Any, hidden_BTD: Array, embedding_BTD: Array, config: M
 
 
 def run_module(
-    layer: Any, rows_BSC: Array, hidden_BTD: Array, embedding_BTD: Array, start_B: Array, config: ModelConfig, *, absorbed: bool
+    module: Module,
+    rows_BSC: Array,
+    hidden_BTD: Array,
+    embedding_BTD: Array,
+    start_B: Array,
+    config: ModelConfig,
+    *,
+    absorbed: bool,
 ) -> tuple[Stream, Array]:
     """One MTP module over a window of positions from `start` on."""
-    params, bias_E = layer
-    x_BTD = module_input(params, hidden_BTD, embedding_BTD, config)
-    rope = positions(start_B, x_BTD.shape[1], config)
-    x_BTD, rows_BSC = cached_block(params["block"], bias_E, x_BTD, rows_BSC, start_B, rope, config, absorbed=absorbed)
-    return Stream(x_BTD, rms_norm(x_BTD, params["norm"], config.rms_norm_eps)), rows_BSC
+    x_BTD = module_input(module.params, hidden_BTD, embedding_BTD, config)
+    x_BTD, rows_BSC, count_LR = blocks(module.block, x_BTD, rows_BSC, start_B, None, config, absorbed=absorbed)
+    return Stream(x_BTD, rms_norm(x_BTD, module.params["norm"], config.rms_norm_eps), count_LR), rows_BSC
 
 
 def fed(stream: Stream, config: ModelConfig) -> Array:
@@ -137,14 +142,14 @@ def drafted(
     n_drafts, a_B = len(model.depths), tokens.count_B - 1
     known_BT, hidden, first_B = tokens.tokens_BT, main, position_B
     drafts, scores, kept, new_rows = [], [], [], []
-    for k, (layer, rows) in enumerate(zip(model.depths, depths, strict=True), 1):
+    for k, (module, rows) in enumerate(zip(model.depths, depths, strict=True), 1):
         if k > 1:
             # One position further back, where module k - 1 has been since the step before.
             hidden, first_B = jnp.concatenate([carried[k - 2][:, None], hidden], axis=1), first_B - 1
         # Tokens t_{p+k} of the window p = n - k + 1 ..: they begin with t_{n+1} for every k.
         window = hidden.shape[1]
         embedding = lookup(model, _fitted(known_BT, window), config)
-        stream, rows = run_module(layer, rows, hidden, embedding, first_B, config, absorbed=True)
+        stream, rows = run_module(module, rows, hidden, embedding, first_B, config, absorbed=True)
         new_rows.append(rows)
         hidden = fed(stream, config)
         last_B = a_B + (k - 1)  # of the window: position n + a
@@ -178,6 +183,7 @@ class Step(NamedTuple):
     cache: Cache
     drafting: Drafting
     verified: Verified
+    count_LR: Array | None  # as of `Stream`
 
 
 def speculative_step(
@@ -189,14 +195,17 @@ def speculative_step(
     seed: Array,
     sampling: Sampling,
     config: ModelConfig,
+    *,
+    going_B: Bool[Array, " B"],
 ) -> Step:
     """t_n at `position` n and its drafts through the main model; then new drafts."""
     tokens_BT = jnp.concatenate([token_B[:, None], drafting.drafts_BD], axis=1)
-    stream, rows = extend(model, cache.layers, tokens_BT, position_B, config, absorbed=True)
     batch, length = tokens_BT.shape
+    going_BT = jnp.broadcast_to(going_B[:, None], (batch, length))
+    stream, rows = extend(model, cache.layers, tokens_BT, position_B, config, absorbed=True, going_BT=going_BT)
     logits_BTV = project(model, stream.normed_BTD.reshape(batch * length, -1)).reshape(batch, length, -1)
     verified = verify(logits_BTV, drafting, position_B, seed, sampling)
     drafting, depths = drafted(
         model, cache.depths, drafting.carried, fed(stream, config), verified, position_B, seed, sampling, config
     )
-    return Step(Cache(rows, depths), drafting, verified)
+    return Step(Cache(rows, depths), drafting, verified, stream.count_LR)

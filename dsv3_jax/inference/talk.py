@@ -4,13 +4,19 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference import serving
+from dsv3_jax.inference import deploy, serving
 from dsv3_jax.inference.decode import last_logits
 from dsv3_jax.inference.generate import Statistics, generate
+from dsv3_jax.inference.mesh import ServingPlacement
+from dsv3_jax.inference.placement import fullest_over_mean, slot_rows_by_device
 from dsv3_jax.inference.sampling import GREEDY, Sampling
 from dsv3_jax.inference.serving import Serving, error_of
+from dsv3_jax.inference.sharded import placement_of
 from dsv3_jax.inference.text import TextStream, folder_tokenizer
 from dsv3_jax.interop.read import Dtype
 from dsv3_jax.interop.source import Source
@@ -33,12 +39,19 @@ class Reply(NamedTuple):
     texts: list[str]
     tokens: list[list[int]]
     statistics: Statistics
+    device_rows_LP: Int[np.ndarray, "L P"] | None = None  # on a mesh: (token, expert) pairs of each MoE layer and device
 
 
-def open_speaker(source: Source, dtype: Dtype) -> Speaker:
-    """Reads the model of an opened checkpoint, laid out for decoding. Raises ValueError if it comes without a tokenizer."""
+def open_speaker(source: Source, dtype: Dtype, placement: ServingPlacement | None = None) -> Speaker:
+    """Reads the model of an opened checkpoint, laid out for decoding, on a mesh if one is given.
+
+    Raises ValueError if it comes without a tokenizer.
+    """
     _tokenizer_of(source)  # what is missing is said before minutes of reading
-    model = serving.read(source.tensors, source.config, dtype)
+    if placement is not None:
+        model = deploy.read(source.tensors, source.config, dtype, placement)
+    else:
+        model = serving.read(source.tensors, source.config, dtype)
     return speaker_of(source, model)
 
 
@@ -111,11 +124,14 @@ def reply(
     )  # fmt: skip
     for number, stream in enumerate(streams):
         say(number, stream.finish())
-    return Reply(texts, result.tokens, result.statistics)
+    placement, rows = placement_of(speaker.model), None
+    if placement is not None and result.count_LR is not None:
+        rows = slot_rows_by_device(result.count_LR, placement.expert_ranks)
+    return Reply(texts, result.tokens, result.statistics, rows)
 
 
-def summary(statistics: Statistics) -> str:
-    """One line on how fast it went, and how well the drafts did."""
+def summary(statistics: Statistics, device_rows_LP: Int[np.ndarray, "L P"] | None = None) -> str:
+    """One line on how fast it went, how well the drafts did, and how even the experts' load on a mesh was."""
     s = statistics
     line = f"{s.prompt_tokens} tokens in {s.prefill_seconds:.2f} s, {s.new_tokens} new ones"
     if s.timed_tokens:
@@ -124,4 +140,7 @@ def summary(statistics: Statistics) -> str:
         line += f"; {s.acceptance:.0%} of the drafts accepted, {s.tokens_per_step:.2f} tokens a step"
     if s.close:
         line += f"; {s.close} chosen by less than 1e-4 of a logit"
+    if device_rows_LP is not None and device_rows_LP.any():
+        share = np.nanmean(fullest_over_mean(device_rows_LP))
+        line += f"; the fullest of {device_rows_LP.shape[1]} devices had {share:.2f} times the mean of the experts' rows"
     return line

@@ -138,6 +138,13 @@ def _fill(source: Tensors, leaf: Leaf, out: np.ndarray, index: Index) -> None:
         fill_matrix(out[place], leaf, source.tensor(name), scale, sides)
 
 
+def read_part(source: Tensors, leaf: Leaf, sides: Sequence[slice], kind: np.dtype) -> np.ndarray:
+    """A part of one matrix: `leaf` has no stacks."""
+    out = np.empty([part.stop - part.start for part in sides], kind)
+    _fill(source, leaf, out, tuple(sides))
+    return out
+
+
 def fill_matrix(out: np.ndarray, leaf: Leaf, released: np.ndarray, scale: np.ndarray | None, sides: Sequence[slice]) -> None:
     """Part `sides` of one of our matrices, from the released one; some rows of it at a time."""
     if released.ndim == 1:

@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.moe.dispatch import make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import Placement, varying, varying_like
-from dsv3_jax.parallel.mesh import EXPERT
 
 Weights = Mapping[str, Any]  # gate_proj, up_proj, down_proj: [E, _, _] arrays, or stored in few bits (`dsv3_jax.weights`)
 Local = Callable[[Array, Array, Array, Weights], Array]  # (x [C, D], expert [C, 1], gates [C, 1], weights) -> y [C, D]
@@ -71,8 +70,8 @@ def _expert_at(position: Array, count_e: Array) -> Array:
     return jnp.searchsorted(jnp.cumsum(count_e, dtype=jnp.int32), position, side="right").astype(jnp.int32)
 
 
-def padded(ranks: int, capacity: int) -> Exchange:
-    """Equal blocks of C / P rows for every pair."""
+def padded(ranks: int, capacity: int, axes: tuple[str, ...]) -> Exchange:
+    """Equal blocks of C / P rows for every pair of ranks of `axes`."""
     block = capacity // ranks
     iota_b = jnp.arange(block, dtype=jnp.int32)
 
@@ -80,19 +79,19 @@ def padded(ranks: int, capacity: int) -> Exchange:
         return (queues.count_SP.max() + block - 1) // block
 
     def experts(queues: Queues, r: Array) -> Array:
-        own_Se = lax.dynamic_index_in_dim(queues.count_SPe, lax.axis_index(EXPERT), axis=1, keepdims=False)
+        own_Se = lax.dynamic_index_in_dim(queues.count_SPe, lax.axis_index(axes), axis=1, keepdims=False)
         return jax.vmap(partial(_expert_at, r * block + iota_b))(own_Se).reshape(capacity)
 
     def send(rows_R: Array, start_P: Array, queues: Queues, r: Array) -> Array:
-        own_P = lax.dynamic_index_in_dim(queues.count_SP, lax.axis_index(EXPERT), axis=0, keepdims=False)
+        own_P = lax.dynamic_index_in_dim(queues.count_SP, lax.axis_index(axes), axis=0, keepdims=False)
         place_Pb = (r * block + iota_b)[None, :]
         index_C = (start_P[:, None] + place_Pb).reshape(capacity)
         is_row_C = (place_Pb < own_P[:, None]).reshape((capacity,) + (1,) * (rows_R.ndim - 1))
         blocks = jnp.where(is_row_C, take_rows(rows_R, jnp.minimum(index_C, rows_R.shape[0] - 1)), 0)
-        return lax.all_to_all(blocks, EXPERT, split_axis=0, concat_axis=0, tiled=True)
+        return lax.all_to_all(blocks, axes, split_axis=0, concat_axis=0, tiled=True)
 
     def give_back(rows_C: Array, rows_R: Array, start_P: Array, queues: Queues, r: Array) -> Array:
-        blocks = lax.all_to_all(rows_C, EXPERT, split_axis=0, concat_axis=0, tiled=True)
+        blocks = lax.all_to_all(rows_C, axes, split_axis=0, concat_axis=0, tiled=True)
         iota_R = jnp.arange(rows_R.shape[0], dtype=jnp.int32)
         receiver_R = jnp.searchsorted(start_P, iota_R, side="right").astype(jnp.int32) - 1
         place_R = iota_R - start_P[receiver_R] - r * block
@@ -102,14 +101,14 @@ def padded(ranks: int, capacity: int) -> Exchange:
     return Exchange(rounds, experts, send, give_back)
 
 
-def ragged(ranks: int, capacity: int) -> Exchange:
+def ragged(ranks: int, capacity: int, axes: tuple[str, ...]) -> Exchange:
     """As many rows of every pair as there are, a receiver's queues on end."""
 
     def rounds(queues: Queues) -> Array:
         return (queues.count_SP.sum(axis=0, dtype=jnp.int32).max() + capacity - 1) // capacity
 
     def experts(queues: Queues, r: Array) -> Array:
-        own_Se = lax.dynamic_index_in_dim(queues.count_SPe, lax.axis_index(EXPERT), axis=1, keepdims=False)
+        own_Se = lax.dynamic_index_in_dim(queues.count_SPe, lax.axis_index(axes), axis=1, keepdims=False)
         place_C = r * capacity + jnp.arange(capacity, dtype=jnp.int32)
         n_own, segment_C = own_Se.shape[1], _expert_at(place_C, own_Se.reshape(-1))
         return jnp.where(segment_C < own_Se.size, segment_C % n_own, n_own)
@@ -122,19 +121,19 @@ def ragged(ranks: int, capacity: int) -> Exchange:
         return first_SP, last_SP - first_SP, jnp.clip(offset_SP, 0, capacity)
 
     def send(rows_R: Array, start_P: Array, queues: Queues, r: Array) -> Array:
-        rank, (first_SP, size_SP, place_SP) = lax.axis_index(EXPERT), windows(queues, r)
+        rank, (first_SP, size_SP, place_SP) = lax.axis_index(axes), windows(queues, r)
         first_P, size_P, place_P = (lax.dynamic_index_in_dim(a, rank, 0, keepdims=False) for a in (first_SP, size_SP, place_SP))
         received_S = lax.dynamic_index_in_dim(size_SP, rank, 1, keepdims=False)
         empty = varying_like(rows_R, jnp.zeros((capacity, *rows_R.shape[1:]), rows_R.dtype))
-        return lax.ragged_all_to_all(rows_R, empty, start_P + first_P, size_P, place_P, received_S, axis_name=EXPERT)
+        return lax.ragged_all_to_all(rows_R, empty, start_P + first_P, size_P, place_P, received_S, axis_name=axes)
 
     def give_back(rows_C: Array, rows_R: Array, start_P: Array, queues: Queues, r: Array) -> Array:
-        rank, (first_SP, size_SP, place_SP) = lax.axis_index(EXPERT), windows(queues, r)
+        rank, (first_SP, size_SP, place_SP) = lax.axis_index(axes), windows(queues, r)
         place_S, size_S = (lax.dynamic_index_in_dim(a, rank, 1, keepdims=False) for a in (place_SP, size_SP))
         start_SP = _before(queues.count_SP, 1)  # where each sender's rows for each receiver begin
         target_S = lax.dynamic_index_in_dim(start_SP + first_SP, rank, 1, keepdims=False)
         returned_P = lax.dynamic_index_in_dim(size_SP, rank, 0, keepdims=False)
-        return lax.ragged_all_to_all(rows_C, rows_R, place_S, size_S, target_S, returned_P, axis_name=EXPERT)
+        return lax.ragged_all_to_all(rows_C, rows_R, place_S, size_S, target_S, returned_P, axis_name=axes)
 
     return Exchange(rounds, experts, send, give_back)
 
@@ -149,7 +148,7 @@ def exchanged_experts(
 ) -> Float[Array, "N D"]:
     """The routed sum of eq. 12 for a rank's own tokens, with `weights` of its own experts; inside shard_map.
 
-    `local` computes the experts of rows that are here. Over the tensor axis the result is a partial sum, as the weights are.
+    `local` computes the experts of rows that are here. Where tensor ranks cut experts' matrices the result is a partial sum.
     """
     varied = varying_like((x_ND, weights), (x_ND, gates_NK, weights))
     return _exchanged(*varied[:2], indices_NK, varied[2], local, placement)
@@ -168,16 +167,17 @@ class _Route(NamedTuple):
 
 
 def _route(indices_NK: Array, n_own: int, placement: Placement) -> _Route:
-    ranks = placement.sizes[EXPERT]
+    axes = placement.expert_axes
+    ranks = math.prod(placement.sizes[axis] for axis in axes)
     plan = make_plan(indices_NK, ranks * n_own)
-    count_SE = lax.all_gather(plan.count_E, EXPERT)
+    count_SE = lax.all_gather(plan.count_E, axes)
     queues = Queues(count_SE.reshape(ranks, ranks, n_own))
     name = placement.parallel.exchange
     kind = {"ragged": ragged, "padded": padded, "auto": padded if placement.platform == "cpu" else ragged}[name]
     n_tokens, top_k = indices_NK.shape
     capacity = buffer_rows(n_tokens, top_k, ranks, ranks * n_own, placement.parallel.exchange_buffer)
-    exchange = kind(ranks, capacity)
-    n_rounds = lax.pmax(varying(exchange.rounds(queues), placement.batch_axes), placement.batch_axes)
+    exchange = kind(ranks, capacity, axes)
+    n_rounds = lax.pmax(varying(exchange.rounds(queues), placement.token_axes), placement.token_axes)
     return _Route(plan.token_R, plan.choice_R, plan.row_NK, plan.start_E[::n_own], queues, n_rounds, exchange)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ParallelConfig
 from dsv3_jax.model.spec import Spec
-from dsv3_jax.parallel.mesh import BATCH_AXES, LAYOUTS, TENSOR
+from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT, LAYOUTS, TENSOR
 from dsv3_jax.parallel.rules import Dims, compute_dims, map_specs, partition_spec, state_dims
 
 BATCH_SPEC = PartitionSpec(None, BATCH_AXES)  # as `Placement.batch_spec`, for any mesh
@@ -56,6 +56,16 @@ class Placement:
     def tensor_axis(self) -> str | None:
         """The axis that divides heads, widths and the vocabulary, if any does."""
         return TENSOR if self.sizes[TENSOR] > 1 else None
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """The axes that divide the experts."""
+        return (EXPERT,)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes whose ranks have different tokens where experts compute."""
+        return self.batch_axes
 
     @property
     def platform(self) -> str:

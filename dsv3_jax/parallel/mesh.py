@@ -85,5 +85,10 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     if config.parallel.layout == "single":
         devices = devices[:1]
     shape = mesh_shape(config.parallel, len(devices), config.model.n_routed_experts)
-    grid = np.array(devices).reshape(tuple(shape.values()))
+    return make_axes(devices, **shape)
+
+
+def make_axes(devices: Sequence[Any], **sizes: int) -> Mesh:
+    """A mesh of the four axes, neighbouring devices on the last ones; axes that are not named have one rank."""
+    grid = np.array(devices).reshape([sizes.get(axis, 1) for axis in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.model.spec import Spec
 from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT, TENSOR
 
-# The table. None: every device of an axis holds all of it.
-RULES: dict[str, str | None] = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# The table. None: every device of an axis holds all of it; several axes: cut over all of them, the slowest first.
+RULES: Rules = {
     "layers": None,
     "vocab": TENSOR,
     "embed": None,
@@ -34,7 +36,7 @@ RULES: dict[str, str | None] = {
 Dims = tuple[tuple[str, ...], ...]  # for each dimension, the mesh axes that it is cut over, the slowest first
 
 
-def compute_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Mapping[str, str | None] = RULES) -> Dims:
+def compute_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Rules = RULES) -> Dims:
     """Mesh axes of each dimension of one parameter, by the table; an axis of one rank divides nothing and is left out.
 
     Raises ValueError, naming the parameter and the axis, if a mesh axis is used twice or does not divide its dimension.
@@ -43,22 +45,23 @@ def compute_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Mapping
     for size, logical in zip(spec.shape, spec.axes, strict=True):
         if logical not in rules:
             raise ValueError(f"{name}: logical axis {logical!r} has no rule; expected one of {', '.join(rules)}")
-        axis = rules[logical]
-        if axis is None:
-            dims.append(())
-            continue
-        if any(axis in dim for dim in dims):
-            raise ValueError(f"{name}: mesh axis {axis!r} is used twice, by {spec.axes}; change one of their rules")
-        if size % sizes[axis]:
+        rule = rules[logical]
+        axes = () if rule is None else (rule,) if isinstance(rule, str) else rule
+        for axis in axes:
+            if any(axis in dim for dim in dims):
+                raise ValueError(f"{name}: mesh axis {axis!r} is used twice, by {spec.axes}; change one of their rules")
+        ranks = math.prod(sizes[axis] for axis in axes)
+        if size % ranks:
+            over = " x ".join(f"{axis!r} of {sizes[axis]}" for axis in axes)
             raise ValueError(
-                f"{name}: {logical} of {size} does not divide over mesh axis {axis!r} of {sizes[axis]}; "
-                f"set mesh_{axis} to a divisor of {size}"
+                f"{name}: {logical} of {size} does not divide over mesh axis {over}; "
+                f"set {' and '.join(f'mesh_{axis}' for axis in axes)} to a divisor of {size}"
             )
-        dims.append((axis,) if sizes[axis] > 1 else ())
+        dims.append(tuple(axis for axis in axes if sizes[axis] > 1))
     return tuple(dims)
 
 
-def state_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Mapping[str, str | None] = RULES) -> Dims:
+def state_dims(name: str, spec: Spec, sizes: Mapping[str, int], rules: Rules = RULES) -> Dims:
     """`compute_dims` cut further over every data axis that the parameter does not lie along yet.
 
     The innermost mesh axis cuts first, so that in a reduction what leaves a node is already summed and cut within it. It takes

@@ -5,6 +5,7 @@ Nothing is allocated: shapes and shardings go in, a program for every chip of th
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -50,23 +51,28 @@ def compile_step(config: Config, target: Target) -> Compiled:
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.sharding(placement.batch_spec))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=placement.sharding(PartitionSpec()))
     batch = dict.fromkeys(("tokens", "segment_ids", "domain_ids"), rows)
-    started, level = time.perf_counter(), jax.config.jax_optimization_level  # type: ignore[attr-defined]
+    started = time.perf_counter()
+    step: Any = make_train_step(config, DOMAINS, placement)
+    compiled = compiled_quickly(lambda: step.trace(state, batch, Hyper(scalar, scalar, scalar)), target)
+    memory = memory_of(compiled)
+    if not target.enforced:
+        require_fits(memory, target)
+    sizes = dict(placement.sizes)
+    return Compiled(target, sizes, memory, cost_of(compiled.as_text()), time.perf_counter() - started)
+
+
+def compiled_quickly(trace: Callable[[], Any], target: Target) -> Any:
+    """What `trace` returns, compiled for the target. Raises ValueError, one line, where the compiler refuses."""
+    level = jax.config.jax_optimization_level  # type: ignore[attr-defined]
     jax.config.update("jax_optimization_level", "O1")  # half the time of the default, and the same sharding and memory
     try:
-        step: Any = make_train_step(config, DOMAINS, placement)
-        traced = step.trace(state, batch, Hyper(scalar, scalar, scalar))
-        compiled = traced.lower(lowering_platforms=(target.platform,)).compile()
+        return trace().lower(lowering_platforms=(target.platform,)).compile()
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and "XLA" not in type(error).__name__ and "\n" not in str(error):
             raise
         raise ValueError(f"{target.spec}: {explain_compile_error(error)}") from error
     finally:
         jax.config.update("jax_optimization_level", level)
-    memory = memory_of(compiled)
-    if not target.enforced:
-        require_fits(memory, target)
-    sizes = dict(placement.sizes)
-    return Compiled(target, sizes, memory, cost_of(compiled.as_text()), time.perf_counter() - started)
 
 
 def on_the_wire(found: Collective) -> float:
@@ -115,7 +121,7 @@ def sections(plan: Plan, compiled: Compiled) -> tuple[Section, ...]:
         figure("compile_seconds", "compile time", compiled.seconds, "s"),
         figure("cycles", "cycles of the compiler's estimate, without kernels", sum(compiled.cost.cycles.values())),
     ]
-    return compared, Section("compiled", "XLA's figures", tuple(facts)), _collectives(compiled)
+    return compared, Section("compiled", "XLA's figures", tuple(facts)), collectives(compiled)
 
 
 def _planned(plan: Plan, *, exchange: bool) -> Number:
@@ -123,7 +129,7 @@ def _planned(plan: Plan, *, exchange: bool) -> Number:
     return sum(float(row.values[0] or 0) for row in rows if row.key.startswith(("dispatch", "combine")) == exchange)
 
 
-def _collectives(compiled: Compiled) -> Section:
+def collectives(compiled: Compiled) -> Section:
     """By kind, axes and format: the buffer's bytes of one run, runs in a step, and bytes that the device sends by them."""
     runs: Counter[tuple[str, str, int]] = Counter()
     total: Counter[tuple[str, str, int]] = Counter()

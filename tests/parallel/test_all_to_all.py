@@ -164,7 +164,7 @@ def test_rounds_are_as_few_as_the_fullest_buffer_allows(exchange):
     count = np.zeros((4, 4, 2), np.int32)
     count[:, 1] = [[3, 0], [0, 2], [1, 1], [0, 0]]  # 7 rows for rank 1, at most 3 from one sender
     kind = getattr(all_to_all, exchange)
-    rounds = [int(kind(4, capacity).rounds(Queues(jnp.asarray(count)))) for capacity in (4, 8, 12)]
+    rounds = [int(kind(4, capacity, ("expert",)).rounds(Queues(jnp.asarray(count)))) for capacity in (4, 8, 12)]
     assert rounds == ([3, 2, 1] if exchange == "padded" else [2, 1, 1])
 
 
