@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from dsv3_jax.config import Config
@@ -97,6 +98,9 @@ def run(main: Callable[[], int | None]) -> None:
             _leave("stopped at once by Ctrl-C or SIGTERM", INTERRUPTED)
             os._exit(INTERRUPTED)  # without waiting for a checkpoint that is being written
         except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error) and isinstance(error, jax.errors.JaxRuntimeError):
+                _fail(f"out of memory: {str(error).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')}; take a smaller batch")
+                return _leave(str(error), FAILED)
             if _job is None:
                 raise
             _job.blame(error)

@@ -4,13 +4,15 @@
         --set=mesh_expert=64 --set=batch_size=512 --set=batch_size_start=512 [--mfu=0.4] [--out=runs/plan]
     python -m experiments.plan --schedule=all --stages=16 --micro_batches=120 [--schedule_set=F=1.13 ...] [--out=runs/plan]
     python -m experiments.plan --aot=tpu:v5p:8x8x8 --set=layout=fully_sharded ... [--out=runs/plan]
+    python -m experiments.plan --aot=tpu:v5p:8x8x5 --decode [--requests=32] [--context=4096] [--set=mesh_tensor=4]
     python -m experiments.plan --receipts
 
 Seconds, without an accelerator. Prints tables of at most 100 columns, every figure an input or derived, then what was
 assumed; `--out` leaves `plan.json` and `plan.png`. `--schedule` simulates pipelines, and `--out` draws each of them.
 `--aot` also compiles the training step for that many chips (minutes, 4 GB of memory) and sets XLA's figures beside the
-planner's; it needs `pip install 'dsv3_jax[aot]'`. `--receipts` derives DeepSeek-V3's published figures and sets them beside
-the sources'.
+planner's; it needs `pip install 'dsv3_jax[aot]'`. With `--decode` it compiles one step of decoding instead, `--requests`
+sequences a device with room for `--context` tokens each, laid out as the report serves. `--receipts` derives DeepSeek-V3's
+published figures and sets them beside the sources'.
 """
 
 from pathlib import Path
@@ -27,9 +29,9 @@ from dsv3_jax.planner import aot, aot_decode, memory
 from dsv3_jax.planner.chips import CHIPS, NUMBERS, Chip, chip_named
 from dsv3_jax.planner.pipelines import costs_of, timelines
 from dsv3_jax.planner.plan import make_plan
-from dsv3_jax.planner.question import Question
+from dsv3_jax.planner.question import Question, check
 from dsv3_jax.planner.receipts import Phases, Receipt, Run, receipts
-from dsv3_jax.planner.rows import Plan, Section
+from dsv3_jax.planner.rows import Plan
 from dsv3_jax.planner.share import make_share
 from dsv3_jax.planner.table import render, render_receipts
 from dsv3_jax.planner.targets import Target, topology
@@ -101,11 +103,12 @@ def write(folder: Path, config: Config, chip: Chip, asked: Question, plan: Plan)
         _write_figure(folder / f"schedule-{timeline.schedule.name}.png", schedule_figure.draw(timeline))
 
 
-def decode_sections(config: Config, target: Target, asked: Question) -> tuple[Section, ...]:
-    print(f"\ncompiling a decoding step for {target.spec}, {len(target.devices)} devices: a minute or more ...", flush=True)
+def plan_decode(config: Config, target: Target, asked: Question) -> Plan:
+    check(asked)
+    print(f"compiling a decoding step for {target.spec}, {len(target.devices)} devices: half a minute or more ...", flush=True)
     batch = aot_decode.Batch(asked.requests, asked.context)
     compiled, model = aot_decode.compile_decode(config, target, batch)
-    return aot_decode.sections(config, compiled, model, batch)
+    return Plan(aot_decode.sections(config, compiled, model, batch), (aot_decode.ASSUMPTION,))
 
 
 def _make(folder: Path) -> None:
@@ -125,6 +128,8 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     if values.receipts:
         print(render_receipts(published_receipts(), PUBLISHED))
         return 0
+    if values.decode and not values.aot:
+        raise ValueError("--decode: expected together with --aot=TARGET, for which a step is compiled")
     config = override(preset(values.preset), parse_settings(values.set))
     if values.out:
         _make(Path(values.out))  # first, and not after minutes of compiling
@@ -132,13 +137,16 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     chip, asked = chip_named(values.aot.split(":")[1] if target else values.chip, values.chip_set), question(values)
     if target:
         asked = asked._replace(chips=len(target.devices))
+    if target and values.decode:
+        plan = plan_decode(config, target, asked)
+        print("\n" + render(Plan(aot.shortened(plan.sections), plan.assumptions)))
+        if values.out:
+            write_json(Path(values.out) / "plan.json", {"config": to_dict(config), "target": target.spec, **plan.to_dict()})
+            print(f"\nplan: {values.out}")
+        return 0
     plan = make_plan(config, chip, asked)
     print(render(plan), flush=True)
-    if target and values.decode:
-        added = decode_sections(config, target, asked)
-        plan = Plan((*plan.sections, *added), (*plan.assumptions, aot_decode.ASSUMPTION))
-        print("\n" + render(Plan(aot.shortened(added), (aot_decode.ASSUMPTION,))))
-    elif target:
+    if target:
         print(f"\ncompiling the step for {target.spec}, {len(target.devices)} devices: minutes ...", flush=True)
         compiled = aot.compile_step(config, target)
         added = aot.sections(plan, compiled)

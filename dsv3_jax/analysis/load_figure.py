@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,7 +13,7 @@ from dsv3_jax.inference.placement import fullest_over_mean
 MARKERS = "osD^v"
 
 
-def draw(by_placement: Mapping[str, Float[np.ndarray, "L P"]], title: str) -> Figure:
+def draw(by_placement: Mapping[str, Shaped[np.ndarray, "L P"]], title: str) -> Figure:
     """A line a placement, of its rows [layers, devices]."""
     n_layers = len(next(iter(by_placement.values())))
     figure, (ax,) = new_figure(1, 1, max(6.5, 3.5 + 0.12 * n_layers), 3.8)

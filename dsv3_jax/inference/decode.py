@@ -4,6 +4,7 @@ Sequences of a batch have lengths of their own. A cache row is a position; rows 
 longer neighbour's chunk left there, are never seen, and are overwritten as the sequence grows.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -158,37 +159,45 @@ def _compiled_chunk(config: ModelConfig) -> Any:
         going_BT = start + jnp.arange(length, dtype=jnp.int32)[None, :] <= jnp.where(asked_B, last_B, -1)[:, None]
         start_B = jnp.broadcast_to(start, (batch,))
         stream, rows = extend(model, rows, tokens_BT, start_B, config, absorbed=False, going_BT=going_BT)
-        place_B = last_B - start
-        own = jnp.take_along_axis(stream.normed_BTD, jnp.clip(place_B, 0, length - 1)[:, None, None], axis=1)[:, 0]
-        here = ((place_B >= 0) & (place_B < length))[:, None]
-        return stream, rows, jnp.where(here, own, hidden_BD)
+        return stream, rows, taken_over(stream.normed_BTD, start, last_B, hidden_BD)
 
     return jax.jit(chunk, donate_argnums=(1,))
+
+
+def taken_over(
+    hidden_BTD: Float[Array, "B T D"], start: Array, position_B: Int[Array, " B"], before_BD: Float[Array, "B D"]
+) -> Float[Array, "B D"]:
+    """Of each sequence the hidden state at `position`, where it lies in the chunk from `start` on; else what was `before`."""
+    place_B, length = position_B - start, hidden_BTD.shape[1]
+    own = jnp.take_along_axis(hidden_BTD, jnp.clip(place_B, 0, length - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(((place_B >= 0) & (place_B < length))[:, None], own, before_BD)
 
 
 class Prefilled(NamedTuple):
     cache: Cache
     hidden_BD: Float[Array, "B D"]  # of each prompt's last token, after the final norm
-    streams: tuple[Stream, ...]  # of the chunks, if they were kept
     count_LR: Array | None  # as of `Stream`, of all chunks
 
 
 def prefill(
-    model: Serving, cache: Cache, prompts: Prompts, config: ModelConfig, *, chunk: int, keep: bool = False
-) -> Prefilled:
-    """Runs the prompts through the model, `chunk` tokens at a time, keys and values expanded. The cache is donated."""
+    model: Serving, cache: Cache, prompts: Prompts, config: ModelConfig, *, chunk: int,
+    then: Callable[[int, Stream], None] = lambda start, stream: None,
+) -> Prefilled:  # fmt: skip
+    """Runs the prompts through the model, `chunk` tokens at a time, keys and values expanded. The cache is donated.
+
+    `then` is called for each chunk, with its first position: what it does not keep is gone.
+    """
     compiled, rows = _compiled_chunk(config), cache.layers
     hidden = jnp.zeros((len(prompts.length_B), config.hidden_size), jnp.dtype(config.compute_dtype))
-    last, streams, count_LR = jnp.asarray(prompts.length_B - 1), [], None
+    last, count_LR = jnp.asarray(prompts.length_B - 1), None
     asked = jnp.arange(len(prompts.length_B)) < len(prompts.length_B) - prompts.added
     for start in range(0, prompts.tokens_BT.shape[1], chunk):
         tokens = jnp.asarray(prompts.tokens_BT[:, start : start + chunk])
         stream, rows, hidden = compiled(model, rows, tokens, jnp.int32(start), last, asked, hidden)
         if stream.count_LR is not None:
             count_LR = stream.count_LR if count_LR is None else count_LR + stream.count_LR
-        if keep:
-            streams.append(stream)
-    return Prefilled(cache._replace(layers=rows), hidden, tuple(streams), count_LR)
+        then(start, stream)
+    return Prefilled(cache._replace(layers=rows), hidden, count_LR)
 
 
 def last_logits(model: Serving, config: ModelConfig, prompts: Any) -> Float[np.ndarray, "B V"]:

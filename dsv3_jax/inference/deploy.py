@@ -62,7 +62,7 @@ def stack_spec(config: ModelConfig, name: str, placement: ServingPlacement) -> A
 def stack_partition(config: ModelConfig, name: str, placement: ServingPlacement) -> Any:
     """Tree of PartitionSpec of a stack."""
     tree = stack_spec(config, name, placement)
-    return map_specs(lambda path, spec: partition_spec(placement.stored_dims(f"{name}.{path}", spec)), tree)
+    return map_specs(lambda path, spec: partition_spec(placement.stored_dims(f"{name}.{path}".rstrip("."), spec)), tree)
 
 
 def deployed(supply: Supply, config: ModelConfig, placement: ServingPlacement, replicas: Replicas | None = None) -> Serving:
@@ -159,7 +159,9 @@ def from_params(
                 leaf = leaf[key]
             if _has_slots(path, placement):
                 return None
-            return to_mesh(np.asarray(leaf), placement.sharding(partition_spec(placement.stored_dims(f"{name}.{path}", spec))))
+            return to_mesh(
+                np.asarray(leaf), placement.sharding(partition_spec(placement.stored_dims(f"{name}.{path}".rstrip("."), spec)))
+            )
 
         return map_specs(put, tree[name])
 
@@ -260,7 +262,7 @@ def abstract(config: ModelConfig, placement: ServingPlacement, dtype: Any) -> Se
     def struct(name: str) -> Callable[[str, Spec], Any]:
         def make(path: str, spec: Spec) -> Any:
             kind = jnp.float32 if "router" in spec.axes else dtype
-            dims = placement.stored_dims(f"{name}.{path}", spec)
+            dims = placement.stored_dims(f"{name}.{path}".rstrip("."), spec)
             return jax.ShapeDtypeStruct(spec.shape, kind, sharding=placement.sharding(partition_spec(dims)))
 
         return make

@@ -16,12 +16,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.decode import Cache, Prompts, Stream, extend, make_cache, padded, prefill, project
+from dsv3_jax.inference.decode import Cache, Prompts, extend, make_cache, padded, prefill, project
 from dsv3_jax.inference.sampling import GREEDY, Sampling, check_sampling, draw
 from dsv3_jax.inference.serving import Serving
 from dsv3_jax.inference.sharded import placement_of
-from dsv3_jax.inference.speculative import Drafting, Verified, close_calls, drafted, fed, run_module, speculative_step
-from dsv3_jax.inference.speculative import lookup as lookup_embedding
+from dsv3_jax.inference.speculative import Drafting, PromptChain, Verified, close_calls, drafted, speculative_step
 
 CHUNK = 512  # tokens of a prompt that are computed at a time
 STEPS = 8  # of one call
@@ -201,12 +200,13 @@ def _begin(
     batch, depths = len(prompts.length_B), len(model.depths)
     cache = make_cache(config, batch, size, depths=depths, model=model)
     main = model._replace(depths=())  # the same programs with drafts and without
-    done = prefill(main, cache, prompts, config, chunk=chunk, keep=bool(depths))
+    chain = PromptChain(model, cache.depths, prompts, config)
+    done = prefill(main, cache, prompts, config, chunk=chunk, then=chain.follow)
     length_B = jnp.asarray(prompts.length_B)
     token_B, over_B, close = _first_token(config, sampling, end_ids)(main, done.hidden_BD, length_B, seed)
     cache, drafting = done.cache, None
     if depths:
-        drafting, rows = _first_drafts(model, cache, done.streams, prompts, token_B, seed, sampling, config, chunk)
+        drafting, rows = _first_drafts(model, chain, token_B, seed, sampling, config)
         cache = cache._replace(depths=rows)
     out = jnp.zeros((batch, steps * (depths + 1)), jnp.int32)
     # One array each: the state is donated.
@@ -229,51 +229,21 @@ def _is_end(tokens: Array, end_ids: tuple[int, ...]) -> Array:
 
 
 @lru_cache(maxsize=8)
-def _compiled_module(config: ModelConfig) -> Any:
-    def module(tables: Serving, layer: Any, rows: Array, hidden: Array, tokens_BT: Array, start: Array) -> tuple[Stream, Array]:
-        embedding = lookup_embedding(tables, tokens_BT, config)
-        start_B = jnp.broadcast_to(start, tokens_BT.shape[:1])
-        return run_module(layer, rows, hidden, embedding, start_B, config, absorbed=False)
-
-    return jax.jit(module, donate_argnums=2)
-
-
-@lru_cache(maxsize=8)
 def _compiled_drafts(config: ModelConfig, sampling: Sampling) -> Any:
     return jax.jit(partial(drafted, sampling=sampling, config=config))
 
 
 def _first_drafts(
-    model: Serving, cache: Cache, streams: tuple[Stream, ...], prompts: Prompts, token_B: Array, seed: Array,
-    sampling: Sampling, config: ModelConfig, chunk: int,
-) -> tuple[Drafting, tuple[Array, ...]]:  # fmt: skip
-    """The modules over the prompts, chunk by chunk; then as after a step whose position n was the prompts' last."""
-    depth, batch, length = len(model.depths), *prompts.tokens_BT.shape
-    hidden = jnp.concatenate([fed(stream, config) for stream in streams], axis=1)
-    last_B = jnp.asarray(prompts.length_B - 1)
-    main = jnp.zeros((batch, depth + 1, hidden.shape[2]), hidden.dtype).at[:, 0].set(_at(hidden, last_B))
-    rows, carried = [], []
-    tables = model._replace(layers=(), depths=())  # so that all modules share one program
-    for k in range(1, depth + 1):
-        shifted, parts, own = np.pad(prompts.tokens_BT, ((0, 0), (0, k)))[:, k:], [], cache.depths[k - 1]
-        for start in range(0, length, chunk):
-            part = slice(start, start + chunk)
-            stream, own = _compiled_module(config)(
-                tables, model.depths[k - 1], own, hidden[:, part], jnp.asarray(shifted[:, part]), jnp.int32(start)
-            )
-            parts.append(fed(stream, config))
-        rows.append(own)
-        hidden = jnp.concatenate(parts, axis=1)
-        if k < depth:
-            carried.append(_at(hidden, jnp.maximum(last_B - k, 0)))
+    model: Serving, chain: PromptChain, token_B: Array, seed: Array, sampling: Sampling, config: ModelConfig
+) -> tuple[Drafting, tuple[Array, ...]]:
+    """As after a step whose position n was the prompts' last."""
+    depth, batch = len(model.depths), len(token_B)
+    main = jnp.pad(chain.main[:, None], ((0, 0), (0, depth), (0, 0)))
     known = Verified(
         jnp.pad(token_B[:, None], ((0, 0), (0, depth))), jnp.ones(batch, jnp.int32), jnp.zeros((batch, depth + 1), bool)
     )
-    return _compiled_drafts(config, sampling)(model._replace(layers=()), tuple(rows), tuple(carried), main, known, last_B, seed)
-
-
-def _at(values_BTD: Array, index_B: Array) -> Array:
-    return jnp.take_along_axis(values_BTD, index_B[:, None, None], axis=1)[:, 0]
+    drafts = _compiled_drafts(config, sampling)
+    return drafts(model._replace(layers=()), tuple(chain.rows), tuple(chain.carried), main, known, chain.last_B, seed)
 
 
 class _Compiled:

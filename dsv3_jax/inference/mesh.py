@@ -58,7 +58,10 @@ class ServingPlacement(Placement):
         return self.sizes[EXPERT] * self.sizes[TENSOR]
 
     def stored_dims(self, name: str, spec: Spec) -> Dims:
-        return compute_dims(name, spec, self.sizes, SERVING_RULES)
+        rules = SERVING_RULES
+        if spec.axes[0] == "vocab" and spec.shape[0] % self.sizes[TENSOR]:
+            rules = {**rules, "vocab": None}  # an odd vocabulary is whole everywhere
+        return compute_dims(name, spec, self.sizes, rules)
 
     def n_experts(self, config: ModelConfig) -> int:
         """Logical ones: routed, then shared if they are routed too."""

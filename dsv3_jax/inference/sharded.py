@@ -38,7 +38,7 @@ class Stack:
     """L layers of one kind, in pieces. Of MoE layers the experts are physical: slot r is a copy of expert phy2log[r]."""
 
     params: Any  # [L, ...], laid out as `deploy.stack_spec` says
-    bias_LE: Float[Array, "L E"] | None  # of logical experts; None: dense layers
+    bias_LE: Any  # [L, E] of logical experts; None: dense layers
     replicas: Replicas | None
     placement: ServingPlacement = field(metadata={"static": True})
     specs: tuple[PartitionSpec, ...] = field(metadata={"static": True})  # of the parameters' leaves
@@ -92,13 +92,11 @@ class _Tokens:
     def _padded(self, values: Array) -> Array:
         return jnp.pad(values, [(0, self.ranks * self.own - self.total)] + [(0, 0)] * (values.ndim - 1))
 
-    def first(self) -> Array:
-        """Number of the rank's first token."""
-        return lax.axis_index(TENSOR) * self.own if self.ranks > 1 else jnp.int32(0)
-
     def share(self, values: Array) -> Array:
         """The rank's own of what all ranks have."""
-        return lax.dynamic_slice_in_dim(self._padded(values), self.first(), self.own) if self.ranks > 1 else values
+        if self.ranks == 1:
+            return values
+        return lax.dynamic_slice_in_dim(self._padded(values), lax.axis_index(TENSOR) * self.own, self.own)
 
     def together(self, own: Array) -> Array:
         """All tokens, the same on every rank."""
@@ -122,6 +120,12 @@ def _local(
     tokens = _Tokens(batch * length, placement)
     rope = rope_tables(start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :], config)
     going_n = tokens.share(going_BT.reshape(-1))
+    # Differs among tokens of a step, and for a sequence from step to step: copies of an expert take turns.
+    rank = lax.axis_index(placement.batch_axes) if placement.batch_axes else 0
+    number_BT = (rank * batch + jnp.arange(batch, dtype=jnp.int32))[:, None] * length + jnp.arange(length, dtype=jnp.int32)[
+        None, :
+    ]
+    number_n = tokens.share((number_BT + start_B[:, None]).reshape(-1))
 
     def layer(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Array | None]:
         x_nD, rows_LBSC = carry
@@ -134,7 +138,7 @@ def _local(
         normed_nD = rms_norm(x_nD, weights["post_attention_layernorm"], config.rms_norm_eps)
         if bias_E is None:
             return (x_nD + gated(weights["mlp"], normed_nD), rows_LBSC), None
-        out_nD, count_R = _experts(weights["mlp"], bias_E, own_replicas, normed_nD, going_n, tokens, config, placement)
+        out_nD, count_R = _experts(weights["mlp"], bias_E, own_replicas, normed_nD, going_n, number_n, config, placement)
         return (x_nD + out_nD, rows_LBSC), count_R
 
     n_layers = rows_LBSC.shape[0]
@@ -147,7 +151,7 @@ def _local(
 
 
 def _experts(
-    params: Mapping[str, Any], bias_E: Array, replicas: Replicas, u_nD: Array, going_n: Array, tokens: _Tokens,
+    params: Mapping[str, Any], bias_E: Array, replicas: Replicas, u_nD: Array, going_n: Array, number_n: Array,
     config: ModelConfig, placement: ServingPlacement,
 ) -> tuple[Array, Array]:  # fmt: skip
     """The sum of eq. 12 for a rank's own tokens, wherever the experts' copies are; and the rows of every slot."""
@@ -160,7 +164,6 @@ def _experts(
         indices_nK = jnp.concatenate([indices_nK, shared], axis=1)
         gates_nK = jnp.concatenate([gates_nK, jnp.ones(shared.shape, jnp.float32)], axis=1)
     indices_nK = jnp.where(going_n[:, None], indices_nK, n_experts)
-    number_n = tokens.first() + jnp.arange(len(u_nD), dtype=jnp.int32)
     slots_nK = physical_indices(indices_nK, number_n, replicas)
     count_R = jnp.zeros(replicas.phy2log.shape, jnp.int32)
     count_R = varying(count_R, placement.token_axes).at[slots_nK.reshape(-1)].add(1, mode="drop")

@@ -9,14 +9,16 @@ Module k's last k - 1 positions of a step were fed with drafts. They are compute
 its window is n - k + 1 .. n + D. The one hidden state that this needs from before the step is carried.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.decode import Cache, Stream, blocks, extend, lookup, project
+from dsv3_jax.inference.decode import Cache, Prompts, Stream, blocks, extend, lookup, project, taken_over
 from dsv3_jax.inference.sampling import Sampling, draw, filtered, keys_at
 from dsv3_jax.inference.serving import Module, Serving
 from dsv3_jax.model.layers import rms_norm
@@ -168,6 +170,47 @@ def drafted(
     return Drafting(jnp.stack(drafts, axis=1), jnp.stack(scores, axis=1), tuple(kept)), tuple(new_rows)
 
 
+class PromptChain:
+    """The modules over prompts, chunk by chunk behind the main model: their caches, and what the first drafts are made of."""
+
+    def __init__(self, model: Serving, depths: tuple[Array, ...], prompts: Prompts, config: ModelConfig):
+        self.rows, self.last_B = list(depths), jnp.asarray(prompts.length_B - 1)
+        zeros = jnp.zeros((len(prompts.length_B), config.hidden_size), jnp.dtype(config.compute_dtype))
+        self.main = zeros  # what the main model hands on at the prompts' last positions
+        self.carried = [zeros] * (len(depths) - 1)  # of module k = 1 .. D - 1: at the last position but k
+        self._tables = model._replace(layers=(), depths=())  # so that all modules share one program
+        self._modules, self._tokens_BT, self._config = model.depths, prompts.tokens_BT, config
+
+    def follow(self, start: int, stream: Stream) -> None:
+        """After the main model's chunk from `start` on."""
+        if not self._modules:
+            return
+        hidden, config = fed(stream, self._config), self._config
+        first, length = jnp.int32(start), hidden.shape[1]
+        self.main = _take_over(hidden, first, self.last_B, self.main)
+        for k, module in enumerate(self._modules, 1):
+            tokens_BT = np.pad(self._tokens_BT, ((0, 0), (0, k)))[:, start + k : start + k + length]
+            run = _compiled_module(config)
+            stream, self.rows[k - 1] = run(self._tables, module, self.rows[k - 1], hidden, jnp.asarray(tokens_BT), first)
+            hidden = fed(stream, config)
+            if k < len(self._modules):
+                self.carried[k - 1] = _take_over(hidden, first, jnp.maximum(self.last_B - k, 0), self.carried[k - 1])
+
+
+_take_over = jax.jit(taken_over)
+
+
+@lru_cache(maxsize=8)
+def _compiled_module(config: ModelConfig) -> Any:
+    def run(
+        tables: Serving, module: Module, rows: Array, hidden: Array, tokens_BT: Array, start: Array
+    ) -> tuple[Stream, Array]:
+        start_B = jnp.broadcast_to(start, tokens_BT.shape[:1])
+        return run_module(module, rows, hidden, lookup(tables, tokens_BT, config), start_B, config, absorbed=False)
+
+    return jax.jit(run, donate_argnums=2)
+
+
 def _fitted(known_BT: Array, window: int) -> Array:
     return jnp.pad(known_BT, ((0, 0), (0, max(0, window - known_BT.shape[1]))))[:, :window]
 
@@ -196,12 +239,12 @@ def speculative_step(
     sampling: Sampling,
     config: ModelConfig,
     *,
-    going_B: Bool[Array, " B"],
+    going_B: Bool[Array, " B"] | None = None,
 ) -> Step:
-    """t_n at `position` n and its drafts through the main model; then new drafts."""
+    """t_n at `position` n and its drafts through the main model; then new drafts. `going`: as of `extend`."""
     tokens_BT = jnp.concatenate([token_B[:, None], drafting.drafts_BD], axis=1)
     batch, length = tokens_BT.shape
-    going_BT = jnp.broadcast_to(going_B[:, None], (batch, length))
+    going_BT = None if going_B is None else jnp.broadcast_to(going_B[:, None], (batch, length))
     stream, rows = extend(model, cache.layers, tokens_BT, position_B, config, absorbed=True, going_BT=going_BT)
     logits_BTV = project(model, stream.normed_BTD.reshape(batch * length, -1)).reshape(batch, length, -1)
     verified = verify(logits_BTV, drafting, position_B, seed, sampling)

@@ -170,7 +170,7 @@ def test_drafts_are_drawn_from_what_the_plain_modules_predict():
             expected = [numpy_model.softmax(module["logits"][0, len(row) - 2] / 3.0) for module in modules]
             # float32 against float64, of logits up to 20
             np.testing.assert_allclose(jax.nn.softmax(scores_DV, axis=-1), expected, atol=2e-5)
-        cache, drafting, verified = step(cache, drafting, token_B, position_B)
+        cache, drafting, verified, _ = step(cache, drafting, token_B, position_B)
         for row, tokens, count in zip(known, verified.tokens_BT.tolist(), verified.count_B.tolist(), strict=True):
             row += tokens[:count]
             counts.add(count)

@@ -90,6 +90,12 @@ def has_libtpu():
     return LIBTPU.exists() or importlib.util.find_spec("libtpu") is not None
 
 
+def with_libtpu():
+    """The environment of a program that may find it."""
+    path = os.pathsep.join([str(LIBTPU), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_libtpu(), reason="needs libtpu: `make test-slow` installs it")
 def test_the_671b_step_compiles_for_512_chips_and_fits(tmp_path):
@@ -97,9 +103,7 @@ def test_the_671b_step_compiles_for_512_chips_and_fits(tmp_path):
         sys.executable, "-m", "experiments.plan", "--aot=tpu:v5p:8x8x8", f"--out={tmp_path}", "--set=layout=fully_sharded",
         "--set=mesh_expert=64", "--set=batch_size=512", "--set=batch_size_start=512",
     ]  # fmt: skip
-    path = os.pathsep.join([str(LIBTPU), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, env=with_libtpu())
     assert done.returncode == 0, done.stderr[-2000:]
     sections = json.loads((tmp_path / "plan.json").read_text())["sections"]
     compared, found = sections["aot"]["rows"], sections["collectives"]["rows"]
