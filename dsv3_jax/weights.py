@@ -6,7 +6,6 @@ is held with two sides, (in, out); where it has more, `sides` says which.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,30 +22,19 @@ def to_bits(array: Array) -> Array:
 
     To gather, slice or update bfloat16, XLA on CPU converts the *whole* array to float32 and back. Integers it just moves.
     """
-    size = array.dtype.itemsize
-    if size > 2 or not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    return lax.bitcast_convert_type(array, jnp.uint16 if size == 2 else jnp.uint8)
+    return from_bits(array, bits_dtype(array.dtype))
+
+
+def bits_dtype(dtype: Any) -> Any:
+    """That of `to_bits`."""
+    if dtype.itemsize > 2 or not jnp.issubdtype(dtype, jnp.floating):
+        return dtype
+    return jnp.dtype(jnp.uint16 if dtype.itemsize == 2 else jnp.uint8)
 
 
 def from_bits(array: Array, dtype: Any) -> Array:
     """The array of `dtype` whose `to_bits` is this."""
     return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
-
-
-def as_bits_on_cpu(function: Callable[..., Array], *arrays: Array) -> Array:
-    """function(*arrays), which only moves their numbers; as `to_bits` where the program is for CPU, be it compiled elsewhere.
-
-    On TPUs a change of dtype is a copy.
-    """
-    dtype = arrays[0].dtype
-
-    def on_cpu(*arrays: Array) -> Array:
-        return from_bits(function(*map(to_bits, arrays)), dtype)
-
-    if dtype.itemsize > 2:
-        return function(*arrays)
-    return lax.platform_dependent(*arrays, cpu=on_cpu, default=function)
 
 
 @jax.tree_util.register_dataclass

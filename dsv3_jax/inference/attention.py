@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.serving import joined
@@ -21,7 +21,7 @@ from dsv3_jax.model.attention import causal_attention
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import plain_heads
 from dsv3_jax.model.rope import apply_rope, softmax_scale
-from dsv3_jax.weights import as_bits_on_cpu
+from dsv3_jax.weights import bits_dtype, from_bits, to_bits
 
 Rope = tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
 SMALLEST_VIEW = 128  # rows of the cache that are looked at, at least
@@ -32,6 +32,12 @@ def cache_width(config: ModelConfig) -> int:
     if config.attention == "mla":
         return config.kv_lora_rank + config.qk_rope_head_dim
     return config.n_key_value_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+
+
+def cache_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
+    """The compute dtype; on CPU, where narrow floats are slow to move (`to_bits`), integers of the same bits."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return bits_dtype(dtype) if platform == "cpu" else dtype
 
 
 def views(size: int) -> list[int]:
@@ -45,14 +51,14 @@ def views(size: int) -> list[int]:
 def cached_attention(
     params: Mapping[str, Any],
     x_BTD: Float[Array, "B T D"],
-    rows: Float[Array, "*layers B S C"],
+    rows: Shaped[Array, "*layers B S C"],
     start_B: Int[Array, " B"],
     rope: Rope,
     config: ModelConfig,
     *,
     absorbed: bool,
     layer: Int[Array, ""] | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "*layers B S C"]]:
+) -> tuple[Float[Array, "B T D"], Shaped[Array, "*layers B S C"]]:
     """T tokens of each sequence, from position `start` on, see themselves and what the cache has before them.
 
     Returns what attention adds (of the heads that `params` have: on one of several tensor ranks a part of the sum), and the
@@ -62,14 +68,15 @@ def cached_attention(
     """
     q_BHTK, new_BTC = (_mla_query_and_row if config.attention == "mla" else _plain_query_and_row)(params, x_BTD, rope, config)
     rows = written(rows, new_BTC, start_B, layer)
-    own_BSC = rows if layer is None else one_layer(rows, layer)
+    # Copied: XLA on TPUs would copy the whole stack for branches that slice it themselves.
+    own_BSC = rows if layer is None else lax.dynamic_index_in_dim(rows, layer, keepdims=False)
     kinds = {"mla": _absorbed if absorbed else _expanded}
     attend = partial(kinds.get(config.attention, _plain), params, config=config)
     length, sizes = x_BTD.shape[1], views(rows.shape[-2])
 
     def over(size: int) -> Callable[[], Array]:
         def view() -> Array:
-            return attend(q_BHTK, own_BSC[:, :size], visible_BTS(start_B, length, size))
+            return attend(q_BHTK, from_bits(own_BSC[:, :size], x_BTD.dtype), visible_BTS(start_B, length, size))
 
         return view
 
@@ -90,18 +97,11 @@ def written(rows: Array, new_BTC: Array, start_B: Array, layer: Array | None = N
     """`new` at positions start, start + 1, ... of each sequence; in place, where its caller lets go of `rows`."""
     if layer is None:
         return written(rows[None], new_BTC, start_B, jnp.int32(0))[0]
-
-    def write(rows_LBSC: Array, new_BTC: Array) -> Array:
-        for b in range(new_BTC.shape[0]):  # a scatter would be one operation, but have XLA turn the whole cache over for it
-            rows_LBSC = lax.dynamic_update_slice(rows_LBSC, new_BTC[None, b : b + 1], (layer, b, start_B[b], 0))
-        return rows_LBSC
-
-    return as_bits_on_cpu(write, rows, new_BTC.astype(rows.dtype))
-
-
-def one_layer(rows_LBSC: Array, layer: Array) -> Array:
-    """A stack's cache of one layer, copied: XLA on TPUs would copy all of it for branches that slice it themselves."""
-    return as_bits_on_cpu(lambda rows: lax.dynamic_index_in_dim(rows, layer, keepdims=False), rows_LBSC)
+    if rows.dtype != new_BTC.dtype:
+        new_BTC = to_bits(new_BTC)
+    for b in range(new_BTC.shape[0]):  # a scatter would be one operation, but have XLA turn the whole cache over for it
+        rows = lax.dynamic_update_slice(rows, new_BTC[None, b : b + 1], (layer, b, start_B[b], 0))
+    return rows
 
 
 def visible_BTS(start_B: Array, length: int, size: int) -> Array:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.attention import cache_width, cached_attention
+from dsv3_jax.inference.attention import cache_dtype, cache_width, cached_attention
 from dsv3_jax.inference.experts import gated, moe
 from dsv3_jax.inference.serving import Layer, Serving
 from dsv3_jax.inference.sharded import Stack, placement_of, stack_blocks
@@ -24,22 +24,23 @@ from dsv3_jax.parallel.arrays import zeros_on_mesh
 
 
 class Cache(NamedTuple):
-    """One array [B, S, 512 + 64] a layer, in the compute dtype; `depths`: of the MTP modules, if they draft."""
+    """One array [B, S, 512 + 64] a layer, or [L, B, S, 512 + 64] a stack, of `cache_dtype`; `depths`: of modules that draft."""
 
-    layers: tuple[Float[Array, "*layers B S C"], ...]
-    depths: tuple[Float[Array, "*layers B S C"], ...] = ()
+    layers: tuple[Shaped[Array, "*layers B S C"], ...]
+    depths: tuple[Shaped[Array, "*layers B S C"], ...] = ()
 
 
 def make_cache(config: ModelConfig, batch: int, size: int, *, depths: int = 0, model: Serving | None = None) -> Cache:
     """Room for `size` positions of `batch` sequences; of a `model` on a mesh, for each of its stacks, and in pieces."""
-    shape, dtype = (batch, size, cache_width(config)), jnp.dtype(config.compute_dtype)
+    placement, shape = placement_of(model) if model else None, (batch, size, cache_width(config))
+    dtype = cache_dtype(config, placement.platform if placement else jax.default_backend())
 
     def rows(layer: Any) -> Array:
         if not isinstance(layer, Stack):
             return jnp.zeros(shape, dtype)
         return zeros_on_mesh((layer.n_layers, *shape), dtype, layer.placement.sharding(layer.placement.batch_spec))
 
-    if model is None or placement_of(model) is None:
+    if model is None or placement is None:
         return Cache(tuple(map(rows, range(config.num_hidden_layers))), tuple(map(rows, range(depths))))
     return Cache(tuple(map(rows, model.layers)), tuple(rows(module.block) for module in model.depths[:depths]))
 

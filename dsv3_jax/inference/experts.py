@@ -1,4 +1,4 @@
-"""Routed experts for a few tokens, the sum of eq. 12 [§2.1.2]: row after row, each expert multiplied where it lies."""
+"""Routed experts for a few tokens, the sum of eq. 12 [§2.1.2]: each expert is multiplied where it lies, and not copied."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.serving import joined
+from dsv3_jax.moe.dispatch import make_plan, take_rows
 from dsv3_jax.moe.experts import routed_experts
 from dsv3_jax.moe.router import Routing, route
 
 # More rows (token, chosen expert) than this are sorted by expert: an expert's weights are then read once for all of its rows.
 MOST_ROWS = 64
+BLOCK = 4  # rows that an expert takes at a time, where it takes several
 
 
 def moe(params: Mapping[str, Any], bias_E: Array, u_BTD: Array, config: ModelConfig) -> tuple[Array, Routing]:
@@ -24,7 +26,9 @@ def moe(params: Mapping[str, Any], bias_E: Array, u_BTD: Array, config: ModelCon
     u_ND, indices_NK, gates_NK = u_BTD.reshape(n_tokens, -1), routing.indices.reshape(-1, k), routing.gates.reshape(-1, k)
     experts = params["experts"]
     if isinstance(experts["down_proj"], tuple) and n_tokens * k <= MOST_ROWS:
-        y_ND = row_by_row(u_ND, indices_NK, gates_NK, experts)
+        narrow = experts["down_proj"][0].dtype != jnp.float32  # it takes time to turn such weights into numbers
+        by = expert_by_expert if narrow and n_tokens > BLOCK else row_by_row
+        y_ND = by(u_ND, indices_NK, gates_NK, experts)
     else:
         y_ND = routed_experts(u_ND, indices_NK, gates_NK, experts)
     y_BTD = y_ND.reshape(u_BTD.shape)
@@ -47,11 +51,7 @@ def row_by_row(
 ) -> Float[Array, "N D"]:
     """sum_k gates[n, k] FFN_k(x_n), summed in float32; each expert is an array of its own and is not copied."""
     n_tokens, k = indices_NK.shape
-
-    def branch(own: Mapping[str, Any]) -> Any:
-        return lambda x_1D: gated(own, x_1D).astype(jnp.float32)
-
-    branches = [branch(dict(zip(experts, own, strict=True))) for own in zip(*experts.values(), strict=True)]
+    branches = _branches(experts)
     index_R, gate_R = indices_NK.reshape(-1), gates_NK.reshape(-1)
 
     def step(r: Array, y_ND: Array) -> Array:
@@ -61,3 +61,40 @@ def row_by_row(
         return lax.dynamic_update_slice_in_dim(y_ND, before + gate_R[r] * row, n, 0)
 
     return lax.fori_loop(0, n_tokens * k, step, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
+
+
+def expert_by_expert(
+    x_ND: Float[Array, "N D"],
+    indices_NK: Int[Array, "N K"],
+    gates_NK: Float[Array, "N K"],
+    experts: Mapping[str, Sequence[Any]],
+) -> Float[Array, "N D"]:
+    """As `row_by_row`, but each expert that was chosen takes its rows together, `BLOCK` at a time."""
+    branches = _branches(experts)
+    plan = make_plan(indices_NK, len(branches))
+    # A last block reaches into the rows of the next expert, which overwrites what it left there.
+    x_RD = jnp.pad(take_rows(x_ND, plan.token_R), ((0, BLOCK), (0, 0)))
+    chosen_first_E = jnp.argsort(plan.count_E == 0, stable=True)
+
+    def expert(i: Array, y_RD: Array) -> Array:
+        e = chosen_first_E[i]
+
+        def block(j: Array, y_RD: Array) -> Array:
+            start = plan.start_E[e] + j * BLOCK
+            rows = lax.switch(e, branches, lax.dynamic_slice_in_dim(x_RD, start, BLOCK))
+            return lax.dynamic_update_slice_in_dim(y_RD, rows, start, 0)
+
+        return lax.fori_loop(0, (plan.count_E[e] + BLOCK - 1) // BLOCK, block, y_RD)
+
+    y_RD = lax.fori_loop(0, (plan.count_E > 0).sum(), expert, jnp.zeros(x_RD.shape, jnp.float32))
+    gated_NKD = take_rows(y_RD, plan.row_NK.reshape(-1)).reshape(*indices_NK.shape, -1) * gates_NK[:, :, None]
+    return gated_NKD.sum(axis=1).astype(x_ND.dtype)
+
+
+def _branches(experts: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Of each expert, a function of rows [R, D] to float32; an operand of a branch is not copied."""
+
+    def branch(own: Mapping[str, Any]) -> Any:
+        return lambda x_RD: gated(own, x_RD).astype(jnp.float32)
+
+    return [branch(dict(zip(experts, own, strict=True))) for own in zip(*experts.values(), strict=True)]

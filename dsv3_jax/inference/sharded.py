@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.attention import cached_attention
@@ -51,13 +51,13 @@ class Stack:
 def stack_blocks(
     stack: Stack,
     x_BTD: Float[Array, "B T D"],
-    rows_LBSC: Float[Array, "L B S C"],
+    rows_LBSC: Shaped[Array, "L B S C"],
     start_B: Int[Array, " B"],
     going_BT: Bool[Array, "B T"],
     config: ModelConfig,
     *,
     absorbed: bool,
-) -> tuple[Float[Array, "B T D"], Float[Array, "L B S C"], Int[Array, "L R"] | None]:
+) -> tuple[Float[Array, "B T D"], Shaped[Array, "L B S C"], Int[Array, "L R"] | None]:
     """As `decode.cached_block`, layer after layer; and how many rows every slot computed.
 
     B is a multiple of the ranks that divide sequences. Tokens that are not `going` (padding, sequences that have ended) choose

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import Config
 from dsv3_jax.inference import deploy
-from dsv3_jax.inference.attention import cache_width
+from dsv3_jax.inference.attention import cache_dtype, cache_width
 from dsv3_jax.inference.decode import extend, project
 from dsv3_jax.inference.mesh import ServingPlacement, serving_placement
 from dsv3_jax.inference.serving import Serving
@@ -56,7 +56,7 @@ def compile_decode(config: Config, target: Target, batch: Batch) -> tuple[Compil
     rows = tuple(
         jax.ShapeDtypeStruct(
             (stack.n_layers, *cache_shape),
-            jnp.dtype(model_config.compute_dtype),
+            cache_dtype(model_config, target.platform),
             sharding=placement.sharding(placement.batch_spec),
         )
         for stack in model.layers

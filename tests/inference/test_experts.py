@@ -1,4 +1,4 @@
-"""Experts that are arrays of their own, row after row: eq. 12 in NumPy loops."""
+"""Experts that are arrays of their own, by rows and by experts: eq. 12 in NumPy loops."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.inference import experts as serving_experts
-from dsv3_jax.inference.experts import gated, moe, row_by_row
+from dsv3_jax.inference.experts import BLOCK, expert_by_expert, gated, moe, row_by_row
 from dsv3_jax.inference.serving import joined
 from dsv3_jax.moe.experts import routed_experts
 from oracles import numpy_moe
@@ -31,12 +31,14 @@ def expert(e, x):
     return (g * sigmoid(g) * (x @ UP[e])) @ DOWN[e]
 
 
-@pytest.mark.parametrize("run", [row_by_row, routed_experts])
+@pytest.mark.parametrize("run", [row_by_row, expert_by_expert, routed_experts])
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_the_gated_sum_of_the_chosen_experts(run, side_by_side):
     rng, run = np.random.default_rng(1), jax.jit(run)
-    x, gates = rng.standard_normal((3, HIDDEN)), rng.random((3, 2))
-    indices = np.stack([rng.permutation(N_EXPERTS)[:2] for _ in range(3)])
+    n_tokens = 3 * BLOCK  # so that an expert has several blocks, one has none, and the last one's reaches beyond the end
+    x, gates = rng.standard_normal((n_tokens, HIDDEN)), rng.random((n_tokens, 2))
+    indices = np.stack([rng.permutation([0, 2, 3, N_EXPERTS - 1])[:2] for _ in range(n_tokens)])
+    assert BLOCK < np.bincount(indices.reshape(-1))[-1]
     rows = zip(x, indices, gates, strict=True)
     expected = [sum(g * expert(e, row) for e, g in zip(*choice, strict=True)) for row, *choice in rows]
     arguments = jnp.asarray(x, jnp.float32), jnp.asarray(indices, jnp.int32), jnp.asarray(gates, jnp.float32)
@@ -69,3 +71,15 @@ def test_the_layer_adds_routed_and_shared_experts(most_rows, monkeypatch):
         expected, record = numpy_moe.moe(u_TD, model.tensors, "model.layers.1.mlp.", model.released)
         np.testing.assert_allclose(y_TD, expected, atol=1e-5)
         assert np.array_equal(np.sort(indices, axis=-1), np.sort(record["indices"], axis=-1))
+
+
+def test_narrow_weights_are_taken_expert_by_expert_where_there_are_several_tokens(monkeypatch):
+    taken = []
+    for name in ("row_by_row", "expert_by_expert"):
+        monkeypatch.setattr(serving_experts, name, lambda u, *_, name=name: taken.append(name) or u)
+    model = tiny()
+    params, bias_E = model.model.layers[1]
+    for dtype, n_tokens in ((jnp.float32, BLOCK + 1), (jnp.bfloat16, BLOCK + 1), (jnp.bfloat16, BLOCK)):
+        own = jax.tree.map(lambda w, dtype=dtype: w.astype(dtype), params["mlp"])
+        moe(own, bias_E, jnp.zeros((1, n_tokens, model.config.hidden_size), dtype), model.config)
+    assert taken == ["row_by_row", "expert_by_expert", "row_by_row"]
