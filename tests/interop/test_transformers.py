@@ -59,6 +59,22 @@ def test_transformers_reads_what_we_write(tmp_path, way):
     np.testing.assert_allclose(logits_of_peer(tmp_path / "hf", tokens, tmp_path), ours, rtol=0, atol=TOLERANCE)
 
 
+def test_transformers_reads_fp8_with_its_scales_as_we_write_it(tmp_path):
+    """It takes a matrix's side over the number of its blocks for their size, so that sides are of whole blocks here, or of one."""
+    released = released_config(
+        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, q_lora_rank=128, kv_lora_rank=112,
+        num_attention_heads=4, num_key_value_heads=4, qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=16,
+        torch_dtype="bfloat16",
+    )  # fmt: skip
+    write_folder(tmp_path / "source", released, released_tensors(released, 1, dtype=ml_dtypes.bfloat16))
+    convert(open_source(tmp_path / "source"), tmp_path / "hf", dtype="fp8")
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 24))
+    ours = load(tmp_path / "hf").score(tokens).logits
+    np.testing.assert_allclose(logits_of_peer(tmp_path / "hf", tokens, tmp_path), ours, rtol=0, atol=TOLERANCE)
+    exact = load(tmp_path / "source").score(tokens).logits
+    assert np.abs(ours - exact).max() > 100 * TOLERANCE, "FP8 makes a difference"
+
+
 def test_transformers_reads_a_training_runs_weights(tmp_path):
     """config.json is ours then, every key of it."""
     loop.train(micro_config(tmp_path, steps=2), tmp_path / "run", header=False, progress=False)
