@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -39,10 +40,45 @@ def from_bits(array: Array, dtype: Any) -> Array:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Bits:
+    """Narrow floats as integers of the same bits, turned back where they are used."""
+
+    values: Array
+    kind: Any = field(metadata={"static": True})  # dtype of the floats
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> Any:
+        return self.kind
+
+    def astype(self, dtype: Any) -> Array:
+        return from_bits(self.values, self.kind).astype(dtype)
+
+
+def bits_on_cpu(array: Array) -> Any:
+    """An array of CPU memory as `Bits` of the same memory, if its floats are narrow: as a program's argument it is not copied.
+
+    `to_bits` within a program copies an argument whole.
+    """
+    kind = bits_dtype(array.dtype)
+    if kind == array.dtype or next(iter(array.devices())).platform != "cpu":
+        return array
+    return Bits(jax.device_put(np.asarray(array).view(kind)), array.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class BlockScaled:
     """FP8, one float32 scale for each block of 128 x 128; blocks at the edges are smaller. value * scale is the weight."""
 
-    values: Array  # [*stack, in, out], float8_e4m3fn
+    values: Any  # [*stack, in, out], float8_e4m3fn, or its bits
     scale: Array  # [*stack, ceil(in / 128), ceil(out / 128)]: float32, or float8_e8m0fnu as stored
     sides: tuple[int, ...] = field(metadata={"static": True})
 
@@ -124,7 +160,7 @@ class Int4:
         return (values * scale).astype(dtype)
 
 
-Stored = (BlockScaled, Int8, Int4)
+Stored = (Bits, BlockScaled, Int8, Int4)
 
 
 def to_int8(weight: Array, axis: int = -2) -> Int8:

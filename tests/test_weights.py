@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.weights import BlockScaled, n_bytes, to_bits, to_int4, to_int8
+from dsv3_jax.weights import Bits, BlockScaled, bits_on_cpu, n_bytes, to_bits, to_int4, to_int8
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 150), st.integers(1, 20))
 
@@ -81,3 +81,14 @@ def test_bits_are_integers_for_narrow_floats_only():
     for kind, bits in kinds.items():
         assert to_bits(jnp.zeros(3, kind)).dtype == bits
     assert to_bits(jnp.zeros(3, jnp.int8)).dtype == jnp.int8
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.float32])
+def test_bits_of_cpu_memory_are_that_memory_and_the_same_numbers(kind):
+    array = jnp.asarray(normal((3, 64, 64)), jnp.float32).astype(kind)
+    bits = bits_on_cpu(array)
+    assert isinstance(bits, Bits) == (kind != jnp.float32)
+    assert (bits.shape, bits.ndim, bits.dtype) == (array.shape, array.ndim, array.dtype)
+    values = jax.tree.leaves(bits)[0]
+    assert values.dtype.itemsize == array.dtype.itemsize and values.unsafe_buffer_pointer() == array.unsafe_buffer_pointer()
+    np.testing.assert_array_equal(bits.astype(jnp.float32), array.astype(jnp.float32))

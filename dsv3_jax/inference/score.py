@@ -25,7 +25,7 @@ from dsv3_jax.model.mtp import module
 from dsv3_jax.model.transformer import block, head_name, make_context
 from dsv3_jax.moe.router import Routing
 from dsv3_jax.parallel.collectives import Placement
-from dsv3_jax.weights import is_stored
+from dsv3_jax.weights import bits_on_cpu, is_stored
 
 HEAD_ELEMENTS = 2**22  # of the output head at a time
 
@@ -190,10 +190,21 @@ def _compiled(
 def _run(function: Callable[..., _Layer], params: Any, bias_E: Any, *inputs: Array, supply: Supply) -> _Layer:
     """One layer; on a mesh each device computes its own sequences."""
     stored = None
-    if supply.placement is not None:
+    if supply.placement is None:
+        params = _experts_as_bits(params)
+    else:
         weights, tree = jax.tree.flatten(params, is_leaf=is_stored)
         stored = tree, tuple(jax.tree.leaves(w)[0].sharding.spec for w in weights)  # values and scales lie alike
     return _compiled(function, supply.config, supply.placement, len(inputs), stored)(params, bias_E, *inputs)
+
+
+def _experts_as_bits(params: Any) -> Any:
+    """Else a layer of narrow floats would be copied on CPU, and with it the most that memory must hold."""
+
+    def part(path: Any, leaf: Array) -> Any:
+        return bits_on_cpu(leaf) if any(getattr(key, "key", None) == "experts" for key in path) else leaf
+
+    return jax.tree_util.tree_map_with_path(part, params)
 
 
 @partial(jax.jit, static_argnames=("eps",))

@@ -60,7 +60,7 @@ def test_transformers_reads_what_we_write(tmp_path, way):
 
 
 def test_transformers_reads_fp8_with_its_scales_as_we_write_it(tmp_path):
-    """It takes a matrix's side over the number of its blocks for their size, so that sides are of whole blocks here, or of one."""
+    """It divides a side by the number of its blocks to know their size, so that sides are of whole blocks here, or of one."""
     released = released_config(
         hidden_size=128, intermediate_size=256, moe_intermediate_size=128, q_lora_rank=128, kv_lora_rank=112,
         num_attention_heads=4, num_key_value_heads=4, qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=16,
