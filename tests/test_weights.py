@@ -1,5 +1,6 @@
 """Stored weights against NumPy, on random shapes: what is kept, how far off it may be, and that slicing selects all parts."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np

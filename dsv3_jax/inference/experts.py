@@ -13,10 +13,11 @@ from dsv3_jax.inference.serving import joined
 from dsv3_jax.moe.dispatch import make_plan, take_rows
 from dsv3_jax.moe.experts import routed_experts
 from dsv3_jax.moe.router import Routing, route
+from dsv3_jax.weights import from_bits, to_bits
 
-# More rows (token, chosen expert) than this are sorted by expert: an expert's weights are then read once for all of its rows.
+# More rows (token, chosen expert) than this are sorted by expert in any case: its weights are then read once for all its rows.
 MOST_ROWS = 64
-BLOCK = 4  # rows that an expert takes at a time, where it takes several
+BLOCK, LONG_BLOCK = 4, 32  # rows that an expert takes at a time
 
 
 def moe(params: Mapping[str, Any], bias_E: Array, u_BTD: Array, config: ModelConfig) -> tuple[Array, Routing]:
@@ -25,12 +26,15 @@ def moe(params: Mapping[str, Any], bias_E: Array, u_BTD: Array, config: ModelCon
     n_tokens, k = u_BTD.shape[0] * u_BTD.shape[1], config.num_experts_per_tok
     u_ND, indices_NK, gates_NK = u_BTD.reshape(n_tokens, -1), routing.indices.reshape(-1, k), routing.gates.reshape(-1, k)
     experts = params["experts"]
-    if isinstance(experts["down_proj"], tuple) and n_tokens * k <= MOST_ROWS:
-        narrow = experts["down_proj"][0].dtype != jnp.float32  # it takes time to turn such weights into numbers
-        by = expert_by_expert if narrow and n_tokens > BLOCK else row_by_row
-        y_ND = by(u_ND, indices_NK, gates_NK, experts)
-    else:
+    apart = isinstance(experts["down_proj"], tuple)
+    # Narrow weights take time to become numbers: once for several rows, once for all rows of a long prompt.
+    narrow, many = apart and experts["down_proj"][0].dtype != jnp.float32, n_tokens * k > MOST_ROWS
+    if not apart or (narrow and many):
         y_ND = routed_experts(u_ND, indices_NK, gates_NK, experts)
+    elif many or (narrow and n_tokens > BLOCK):
+        y_ND = expert_by_expert(u_ND, indices_NK, gates_NK, experts, block=LONG_BLOCK if many else BLOCK)
+    else:
+        y_ND = row_by_row(u_ND, indices_NK, gates_NK, experts)
     y_BTD = y_ND.reshape(u_BTD.shape)
     if config.n_shared_experts:
         y_BTD = y_BTD + gated(params["shared_experts"], u_BTD)
@@ -68,25 +72,27 @@ def expert_by_expert(
     indices_NK: Int[Array, "N K"],
     gates_NK: Float[Array, "N K"],
     experts: Mapping[str, Sequence[Any]],
+    *,
+    block: int = BLOCK,
 ) -> Float[Array, "N D"]:
-    """As `row_by_row`, but each expert that was chosen takes its rows together, `BLOCK` at a time."""
+    """As `row_by_row`, but each expert that was chosen takes its rows together, `block` at a time."""
     branches = _branches(experts)
     plan = make_plan(indices_NK, len(branches))
     # A last block reaches into the rows of the next expert, which overwrites what it left there.
-    x_RD = jnp.pad(take_rows(x_ND, plan.token_R), ((0, BLOCK), (0, 0)))
+    bits_RD = jnp.pad(to_bits(take_rows(x_ND, plan.token_R)), ((0, block), (0, 0)))
     chosen_first_E = jnp.argsort(plan.count_E == 0, stable=True)
 
     def expert(i: Array, y_RD: Array) -> Array:
         e = chosen_first_E[i]
 
-        def block(j: Array, y_RD: Array) -> Array:
-            start = plan.start_E[e] + j * BLOCK
-            rows = lax.switch(e, branches, lax.dynamic_slice_in_dim(x_RD, start, BLOCK))
+        def some(j: Array, y_RD: Array) -> Array:
+            start = plan.start_E[e] + j * block
+            rows = lax.switch(e, branches, from_bits(lax.dynamic_slice_in_dim(bits_RD, start, block), x_ND.dtype))
             return lax.dynamic_update_slice_in_dim(y_RD, rows, start, 0)
 
-        return lax.fori_loop(0, (plan.count_E[e] + BLOCK - 1) // BLOCK, block, y_RD)
+        return lax.fori_loop(0, (plan.count_E[e] + block - 1) // block, some, y_RD)
 
-    y_RD = lax.fori_loop(0, (plan.count_E > 0).sum(), expert, jnp.zeros(x_RD.shape, jnp.float32))
+    y_RD = lax.fori_loop(0, (plan.count_E > 0).sum(), expert, jnp.zeros(bits_RD.shape, jnp.float32))
     gated_NKD = take_rows(y_RD, plan.row_NK.reshape(-1)).reshape(*indices_NK.shape, -1) * gates_NK[:, :, None]
     return gated_NKD.sum(axis=1).astype(x_ND.dtype)
 

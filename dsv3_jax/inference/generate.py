@@ -4,6 +4,7 @@ The program knows when a sequence has ended (an end token, its length); the host
 it, and may end a sequence (a stop string). No step waits for the host, and no length makes it compile again.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -56,7 +57,8 @@ class Statistics(NamedTuple):
 class Generated(NamedTuple):
     tokens: list[list[int]]  # new ones of every prompt, the end token included where it came
     statistics: Statistics
-    count_LR: Int[np.ndarray, "L R"] | None = None  # on a mesh: rows that each slot of the main model's MoE layers computed
+    # On a mesh: rows that each slot of the main model's MoE layers computed, those of prompts included if it computed them.
+    count_LR: Int[np.ndarray, "L R"] | None = None
 
 
 class _State(NamedTuple):
@@ -85,6 +87,7 @@ def generate(
     sampling: Sampling = GREEDY,
     end_ids: Sequence[int] = (),
     speculative: bool = False,
+    prefiller: Serving | None = None,
     chunk: int = CHUNK,
     steps: int = STEPS,
     on_tokens: OnTokens = lambda sequence, tokens: False,
@@ -93,22 +96,28 @@ def generate(
 
     `speculative` drafts with the model's MTP modules; greedy tokens are the same, drawn ones are distributed the same. `chunk`
     bounds the memory of the prompts' pass, `steps` how many passes run before the host looks. On a mesh sequences are divided
-    among its ranks; as many as are missing are added, and left out of the result.
+    among its ranks; as many as are missing are added, and left out of the result. `prefiller` is the same model laid out for
+    prompts, on these devices or others: what it has cached then moves to the mesh that decodes [§3.4].
 
     Raises ValueError, one line, for prompts that are none or not of the vocabulary, a model without MTP modules, and sampling
     numbers out of range.
     """
     _check(config, prompts, max_new_tokens, sampling, speculative, model)
-    n_given, placement = len(prompts), placement_of(model)
+    n_given, prefiller = len(prompts), prefiller or model
+    meshes = [placement.batch_ranks for placement in map(placement_of, (prefiller, model)) if placement]
+    if prefiller is not model and len(meshes) < 2:
+        raise ValueError("prefiller: expected it and the model on a mesh each, got one on a single device; deploy both")
     longest = max(map(len, prompts), default=1)
     chunk = min(chunk, max(16, 1 << (longest - 1).bit_length()))
-    batch = padded(prompts, chunk, placement.batch_ranks if placement else 1)
+    batch = padded(prompts, chunk, math.lcm(*meshes))
     n_drafts = min(len(model.depths), int(batch.length_B.min())) if speculative else 0
-    model = model._replace(depths=model.depths[:n_drafts])
+    model, prefiller = (each._replace(depths=each.depths[:n_drafts]) for each in (model, prefiller))
     size = max(batch.tokens_BT.shape[1], _rounded(longest + max_new_tokens + 2 * n_drafts + 1))
     began = time.perf_counter()
     plain, seed = sampling._replace(seed=0), jnp.uint32(sampling.seed)
-    state = _begin(model, config, batch, plain, seed, size, chunk, tuple(end_ids), steps)
+    state = _begin(prefiller, config, batch, plain, seed, size, chunk, tuple(end_ids), steps)
+    if (own := placement_of(model)) is not None and own != placement_of(prefiller):
+        state = state._replace(count_LR=jnp.zeros((config.n_main_moe_layers, own.n_slots(config)), jnp.int32))
     limit_B = jnp.asarray(batch.length_B + max_new_tokens - 1)  # position of the last token that is wanted
     added_B = np.arange(len(batch.length_B)) >= n_given
     state = _settled(state._replace(done_B=state.done_B | (state.position_B >= limit_B) | added_B), model)

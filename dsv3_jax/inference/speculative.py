@@ -22,6 +22,7 @@ from dsv3_jax.inference.decode import Cache, Prompts, Stream, blocks, extend, lo
 from dsv3_jax.inference.sampling import Sampling, draw, filtered, keys_at
 from dsv3_jax.inference.serving import Module, Serving
 from dsv3_jax.model.layers import rms_norm
+from dsv3_jax.model.mtp import module_input
 
 CLOSE = 1e-4  # two largest logits nearer than this: rounding may choose either
 
@@ -38,17 +39,6 @@ class Verified(NamedTuple):
     tokens_BT: Int[Array, "B T"]  # t_{n+1} .. t_{n+D+1}; those beyond `count` are void
     count_B: Int[Array, " B"]  # a + 1
     close_BT: Bool[Array, "B T"]  # chosen by a margin below CLOSE
-
-
-def module_input(params: Any, hidden_BTD: Array, embedding_BTD: Array, config: ModelConfig) -> Array:
-    """Eq. 21, as `dsv3_jax.model.mtp.module` has it."""
-    pair = [
-        rms_norm(embedding_BTD, params["enorm"], config.rms_norm_eps),
-        rms_norm(hidden_BTD, params["hnorm"], config.rms_norm_eps),
-    ]
-    if config.mtp_concat == "hidden_first":
-        pair.reverse()
-    return jnp.concatenate(pair, axis=-1) @ params["eh_proj"].astype(hidden_BTD.dtype)
 
 
 def run_module(

@@ -59,16 +59,23 @@ def module(
     context: Context,
     config: ModelConfig,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Eqs. 21-22: norm both, project the pair, one transformer block. Returns the residual stream and its routing."""
+    """Eqs. 21-22: one transformer block over the pair. Returns the residual stream and its routing."""
+    eh_proj = gathered(params["eh_proj"], mtp_spec(config)["eh_proj"], context.placement, config.compute_dtype)
+    x_BTD = module_input({**params, "eh_proj": eh_proj}, hidden_BTD, embedding_BTD, config)
+    return block(params["block"], bias_E, x_BTD, context, config)
+
+
+def module_input(
+    params: Mapping[str, Any], hidden_BTD: Float[Array, "B T D"], embedding_BTD: Float[Array, "B T D"], config: ModelConfig
+) -> Float[Array, "B T D"]:
+    """Eq. 21: norm both, project the pair."""
     pair = [
         rms_norm(embedding_BTD, params["enorm"], config.rms_norm_eps),
         rms_norm(hidden_BTD, params["hnorm"], config.rms_norm_eps),
     ]
     if config.mtp_concat == "hidden_first":
         pair.reverse()
-    eh_proj = gathered(params["eh_proj"], mtp_spec(config)["eh_proj"], context.placement, config.compute_dtype)
-    x_BTD = jnp.concatenate(pair, axis=-1) @ eh_proj.astype(hidden_BTD.dtype)
-    return block(params["block"], bias_E, x_BTD, context, config)
+    return jnp.concatenate(pair, axis=-1) @ params["eh_proj"].astype(hidden_BTD.dtype)
 
 
 def mtp_forward(

@@ -1,5 +1,7 @@
 """Experts that are arrays of their own, by rows and by experts: eq. 12 in NumPy loops."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ def expert(e, x):
     return (g * sigmoid(g) * (x @ UP[e])) @ DOWN[e]
 
 
-@pytest.mark.parametrize("run", [row_by_row, expert_by_expert, routed_experts])
+@pytest.mark.parametrize("run", [row_by_row, expert_by_expert, partial(expert_by_expert, block=3), routed_experts])
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_the_gated_sum_of_the_chosen_experts(run, side_by_side):
     rng, run = np.random.default_rng(1), jax.jit(run)
@@ -73,13 +75,13 @@ def test_the_layer_adds_routed_and_shared_experts(most_rows, monkeypatch):
         assert np.array_equal(np.sort(indices, axis=-1), np.sort(record["indices"], axis=-1))
 
 
-def test_narrow_weights_are_taken_expert_by_expert_where_there_are_several_tokens(monkeypatch):
+def test_experts_take_their_rows_together_where_there_are_many_or_weights_are_narrow(monkeypatch):
     taken = []
     for name in ("row_by_row", "expert_by_expert"):
-        monkeypatch.setattr(serving_experts, name, lambda u, *_, name=name: taken.append(name) or u)
+        monkeypatch.setattr(serving_experts, name, lambda u, *_, name=name, **__: taken.append(name) or u)
     model = tiny()
     params, bias_E = model.model.layers[1]
-    for dtype, n_tokens in ((jnp.float32, BLOCK + 1), (jnp.bfloat16, BLOCK + 1), (jnp.bfloat16, BLOCK)):
+    for dtype, n_tokens in ((jnp.float32, BLOCK + 1), (jnp.bfloat16, BLOCK + 1), (jnp.bfloat16, BLOCK), (jnp.float32, 33)):
         own = jax.tree.map(lambda w, dtype=dtype: w.astype(dtype), params["mlp"])
         moe(own, bias_E, jnp.zeros((1, n_tokens, model.config.hidden_size), dtype), model.config)
-    assert taken == ["row_by_row", "expert_by_expert", "row_by_row"]
+    assert taken == ["row_by_row", "expert_by_expert", "row_by_row", "expert_by_expert"]

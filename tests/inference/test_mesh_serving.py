@@ -162,6 +162,23 @@ def test_drafts_are_accepted_as_on_one_device(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("speculative", [False, True])
+def test_prompts_may_be_computed_on_another_mesh_whose_caches_then_move(speculative):
+    """The report's two units: half of the devices lay out for prompts, the others for decoding."""
+    config, params, bias = model()
+    units = {"prefill": jax.devices()[:4], "decode": jax.devices()[4:]}
+    prompts, decoding = (
+        deploy.from_params(params, bias, config, serving_placement(layout, config, devices))
+        for layout, devices in units.items()
+    )
+    got = continued(decoding, prefiller=prompts, speculative=speculative)
+    assert got.tokens == alone().tokens and got.statistics.accepted == alone(speculative=speculative).statistics.accepted
+    assert got.count_LR.shape == (2, 8) and got.count_LR.sum() == 2 * 4 * got.statistics.steps * (3 if speculative else 1)
+    with pytest.raises(ValueError, match="deploy both"):
+        continued(from_params(params, bias, config), prefiller=prompts)
+
+
+@pytest.mark.slow
 def test_bfloat16_is_served_too():
     config, params, bias = model(compute_dtype="bfloat16")
     serving = deploy.from_params(params, bias, config, placement_of("decode, 4 expert x 2 tensor", config))
