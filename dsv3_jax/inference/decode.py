@@ -204,6 +204,7 @@ def prefill(
 def last_logits(model: Serving, config: ModelConfig, prompts: Any) -> Float[np.ndarray, "B V"]:
     """float32 logits after each prompt's last token. Raises ValueError for no prompt, or an empty one."""
     longest = max((len(prompt) for prompt in prompts), default=0)
-    batch = padded(prompts, max(1, longest))
-    done = prefill(model, make_cache(config, len(batch.length_B), longest), batch, config, chunk=longest)
-    return np.asarray(project(model, done.hidden_BD))
+    placement = placement_of(model)
+    batch = padded(prompts, max(1, longest), placement.batch_ranks if placement else 1)
+    done = prefill(model, make_cache(config, len(batch.length_B), longest, model=model), batch, config, chunk=longest)
+    return np.asarray(project(model, done.hidden_BD))[: len(prompts)]
