@@ -10,14 +10,14 @@ more traffic crosses nodes; the algorithm is that of DeepSeek's published balanc
 
 Steps 1 and 3 are greedy: heaviest first, each to the least loaded bin that has room. This is *hierarchical*; with one group and
 one node it is *global*. Placing is NumPy on the host, in float64, where the ties of integer loads are ties. What a running
-model needs, `physical_weights` and `physical_indices`, is pure and can be traced.
+model needs, `physical_indices`, is pure and can be traced.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 
@@ -99,21 +99,6 @@ def fullest_over_mean(rows_LP: Int[np.ndarray, "L P"] | Float[np.ndarray, "L P"]
     """Of each layer: 1 in perfect balance, P if one device does everything. NaN for a layer without rows."""
     mean = rows_LP.mean(axis=1)
     return np.divide(rows_LP.max(axis=1), mean, out=np.full(len(mean), np.nan), where=mean > 0)
-
-
-def physical_weights(
-    weights: Shaped[Array | np.ndarray, "L E *rest"], replicas: Replicas
-) -> Shaped[Array | np.ndarray, "L R *rest"]:
-    """Each replica's copy of its expert's weights, or of anything else that is stacked over layers and experts.
-
-    Raises ValueError if the placement is for other layers and experts.
-    """
-    if weights.shape[:2] != replicas.logcnt.shape:
-        raise ValueError(
-            f"weights: expected the placement's {replicas.logcnt.shape} layers and experts first, got {weights.shape[:2]}; "
-            "stack the layers that were placed"
-        )
-    return weights[np.arange(weights.shape[0])[:, None], replicas.phy2log]
 
 
 def physical_indices(

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from dsv3_jax.inference.placement import Replicas, device_loads, physical_indices, physical_weights, place_experts
+from dsv3_jax.inference.placement import (
+    Replicas,
+    device_loads,
+    expert_rows,
+    fullest_over_mean,
+    physical_indices,
+    place_experts,
+    slot_rows_by_device,
+)
 from dsv3_jax.moe.experts import routed_experts
 from oracles.unchecked import unchecked
 
@@ -48,6 +56,18 @@ def test_device_loads_of_the_published_example_before_and_after():
     ]
     # By hand: experts 0 and 1, 2, 3 and 4, 5, 6 and 7, 8, 9 and 10, 11.
     assert before.tolist() == [[222, 40, 165, 165, 43, 73, 239, 86], [127, 104, 83, 197, 344, 172, 102, 27]]
+
+
+def test_rows_of_replicas_are_rows_of_their_expert_and_of_their_device():
+    replicas = place_experts(LOADS, **SIZES)
+    rows_LR = np.arange(32).reshape(2, 16)
+    by_expert, by_device = expert_rows(rows_LR, replicas), slot_rows_by_device(rows_LR, 8)
+    for layer, slots in enumerate(replicas.phy2log):
+        assert by_expert[layer].tolist() == [sum(rows_LR[layer][slots == e]) for e in range(12)]
+        assert by_device[layer].tolist() == [rows_LR[layer][2 * p] + rows_LR[layer][2 * p + 1] for p in range(8)]
+    np.testing.assert_allclose(fullest_over_mean(np.array([[1, 3], [2, 2], [0, 0]])), [1.5, 1.0, np.nan])
+    with pytest.raises(ValueError, match="num_gpus"):
+        slot_rows_by_device(rows_LR, 5)
 
 
 @pytest.mark.parametrize("policy", [{"num_groups": 3, "num_nodes": 2}, {"num_groups": 1, "num_nodes": 1}, {}])
@@ -236,13 +256,13 @@ def served(seed=0, layers=2, tokens=37, k=3, experts=12):
     return rng, indices, loads, replicas
 
 
-def test_experts_with_physical_weights_and_indices_give_the_logical_result():
+def test_physical_experts_and_indices_give_the_logical_result():
     rng, indices, _, replicas = served()
     (layers, tokens, k), experts, hidden, width = indices.shape, 12, 8, 5
     indices[:, ::5, -1] = experts  # no expert
     shapes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
     stacked = {name: rng.normal(size=(layers, experts, *shape)).astype(np.float32) for name, shape in shapes.items()}
-    physical = {name: physical_weights(w, replicas) for name, w in stacked.items()}
+    physical = {name: w[np.arange(layers)[:, None], replicas.phy2log] for name, w in stacked.items()}
     x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.float32)
     gates = jnp.asarray(rng.uniform(0.1, 1, size=(tokens, k)), jnp.float32)
 
@@ -256,16 +276,6 @@ def test_experts_with_physical_weights_and_indices_give_the_logical_result():
         physical_y = run(chosen, {name: w[layer] for name, w in physical.items()})
         # The same few terms summed in another order: some 2^-24 each, relative to the largest; a wrong expert makes 1e-1.
         assert np.max(np.abs(physical_y - logical_y)) < 2e-6 * np.max(np.abs(logical_y))
-
-
-@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
-def test_every_replica_has_the_weights_of_its_expert(array):
-    *_, replicas = served()
-    weights = np.arange(2 * 12 * 3).reshape(2, 12, 3)
-    actual = physical_weights(array(weights), replicas)
-    expected = [[weights[layer, expert] for expert in replicas.phy2log[layer]] for layer in range(2)]
-    np.testing.assert_array_equal(np.asarray(actual), expected)
-    assert isinstance(actual, type(array(weights)))
 
 
 def test_token_t_goes_to_replica_t_modulo_count_and_choices_stay_distinct():
@@ -339,7 +349,6 @@ def test_a_placement_for_something_else_is_refused_in_one_line():
         (r"loads: expected the placement's \[L, E\], \(2, 12\), got \(1, 12\)", lambda: device_loads(LOADS[:1], replicas, 8)),
         ("num_gpus: expected a divisor of the 16 replicas, got 5", lambda: device_loads(LOADS, replicas, 5)),
         ("num_gpus: expected a divisor of the 16 replicas, got 0", lambda: device_loads(LOADS, replicas, 0)),
-        (r"weights: expected the placement's \(2, 12\) .* got \(3, 12\)", lambda: physical_weights(np.ones((3, 12)), replicas)),
         ("replicas: expected those of one layer, got 1 axes more", lambda: physical_indices(indices, tokens, replicas)),
         (r"tokens: expected .* \(4,\), got \(3,\)", lambda: physical_indices(indices, tokens[:3], replicas.layer(0))),
     ]:
