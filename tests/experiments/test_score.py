@@ -103,15 +103,15 @@ def run(folder, tokens, out, *more, limit_mb=None):
 
 @pytest.mark.slow
 def test_a_model_several_times_larger_than_memory_is_streamed_and_gives_the_same_numbers(tmp_path):
-    """Two GB of weights as float32; JAX with its compiler and threads takes some 500 MB of private memory for itself."""
+    """Two GB of weights as float32; JAX with its compiler and threads takes some 400 MB of private memory for itself."""
     sizes = {"hidden_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": 8, "num_hidden_layers": 20}
     released = released_config(**sizes)
     tensors = released_tensors(released, 0, dtype=ml_dtypes.bfloat16)
     in_memory = 4 * sum(tensor.size for tensor in tensors.values())
     write_folder(tmp_path / "model", released, tensors, shards=4)
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 50, (2, 8)))
-    limit = 900
-    assert in_memory > 2 * limit * 10**6
+    limit = 680
+    assert in_memory > 3 * limit * 10**6
     folder, tokens = tmp_path / "model", tmp_path / "t.npy"
     whole = run(folder, tokens, tmp_path / "whole.npz")
     assert whole.returncode == 0, whole.stderr
