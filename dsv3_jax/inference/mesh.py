@@ -97,16 +97,15 @@ def serving_placement(
     if not config.n_main_moe_layers:
         raise ValueError("a mesh divides routed experts, and this model has none; serve it on one device")
     found, devices = LAYOUTS[layout], list(jax.devices() if devices is None else devices)
-    heads = config.num_attention_heads
+    heads, count = config.num_attention_heads, len(devices)
+    if data < 1 or count % data:
+        raise ValueError(f"data: expected a divisor of the {count} devices, got {data}")
+    fitting = [t for t in range(1, count + 1) if heads % t == 0 and count // data % t == 0]
     if tensor is None:
-        tensor = max(t for t in range(1, found.tensor + 1) if heads % t == 0 and len(devices) % t == 0)
-    for name, size in (("tensor", tensor), ("data", data)):
-        if size < 1 or len(devices) % size:
-            raise ValueError(f"{name}: expected a divisor of the {len(devices)} devices, got {size}")
-    if heads % tensor or len(devices) % (tensor * data):
-        raise ValueError(
-            f"tensor: expected a divisor of {heads} heads and, times {data} data ranks, of {len(devices)} devices, got {tensor}"
-        )
+        tensor = max(t for t in fitting if t <= found.tensor)
+    if tensor not in fitting:
+        group = f"{count} devices" if data == 1 else f"{count // data} devices, those of one of {data} data ranks"
+        raise ValueError(f"tensor: expected a divisor of {heads} heads and of {group}, got {tensor}; take one of {fitting}")
     if spare is not None:
         if spare < 0:
             raise ValueError(f"spare: expected 0 or more slots a device, got {spare}")

@@ -276,12 +276,19 @@ def test_a_folder_is_read_as_parameters_in_memory_are_laid_out(case):
 @pytest.mark.parametrize("layout, how, said", [
     ("train", {}, "prefill, decode"), ("decode", {"tensor": 3}, "tensor"), ("decode", {"tensor": 4}, "heads"),
     ("decode", {"data": 5}, "data"), ("decode", {"data": 0}, "data"), ("decode", {"spare": -1}, "spare"),
-    ("decode", {"data": 8, "tensor": 2}, "tensor"),
+    ("decode", {"data": 8, "tensor": 2}, "tensor"), ("decode", {"tensor": 0}, "tensor"),
 ])  # fmt: skip
 def test_sizes_that_make_no_mesh_are_one_line(layout, how, said):
     with pytest.raises(ValueError) as error:
         serving_placement(layout, model()[0], **how)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tensor_ranks_are_as_many_as_the_layout_has_and_divide_what_is_there():
+    config = model()[0]  # of two heads
+    for how, expected in (({}, (1, 4, 2)), ({"data": 4}, (4, 1, 2)), ({"data": 8}, (8, 1, 1)), ({"tensor": 1}, (1, 8, 1))):
+        sizes = serving_placement("decode", config, **how).sizes
+        assert (sizes["data"], sizes["expert"], sizes["tensor"]) == expected
 
 
 def test_models_and_replicas_that_cannot_be_served_so_are_one_line():
