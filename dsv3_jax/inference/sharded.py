@@ -118,14 +118,12 @@ def _local(
     """A rank's program."""
     batch, length, hidden = x_BTD.shape
     tokens = _Tokens(batch * length, placement)
-    rope = rope_tables(start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :], config)
-    going_n = tokens.share(going_BT.reshape(-1))
+    position_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+    rope, going_n = rope_tables(position_BT, config), tokens.share(going_BT.reshape(-1))
     # Differs among tokens of a step, and for a sequence from step to step: copies of an expert take turns.
     rank = lax.axis_index(placement.batch_axes) if placement.batch_axes else 0
-    number_BT = (rank * batch + jnp.arange(batch, dtype=jnp.int32))[:, None] * length + jnp.arange(length, dtype=jnp.int32)[
-        None, :
-    ]
-    number_n = tokens.share((number_BT + start_B[:, None]).reshape(-1))
+    sequence_B = rank * batch + jnp.arange(batch, dtype=jnp.int32)
+    number_n = tokens.share((sequence_B[:, None] * length + position_BT).reshape(-1))
 
     def layer(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Array | None]:
         x_nD, rows_LBSC = carry
