@@ -1,13 +1,13 @@
 """A model onto a mesh to serve: experts into their slots, everything else by the table [§3.4]; and moved when loads change."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dsv3_jax.config import ModelConfig
@@ -23,8 +23,6 @@ from dsv3_jax.model.spec import Spec
 from dsv3_jax.model.transformer import head_name
 from dsv3_jax.parallel.arrays import Slices, aligned_empty, from_pieces, to_mesh
 from dsv3_jax.parallel.rules import map_specs, partition_spec
-
-MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
 class Supply(NamedTuple):
@@ -59,10 +57,9 @@ def stack_spec(config: ModelConfig, name: str, placement: ServingPlacement) -> A
     return {**tree, "self_attn": attention, "mlp": mlp}
 
 
-def stack_partition(config: ModelConfig, name: str, placement: ServingPlacement) -> Any:
-    """Tree of PartitionSpec of a stack."""
-    tree = stack_spec(config, name, placement)
-    return map_specs(lambda path, spec: partition_spec(placement.stored_dims(f"{name}.{path}".rstrip("."), spec)), tree)
+def _sharding(placement: ServingPlacement, name: str, path: str, spec: Spec) -> NamedSharding:
+    """Of a leaf of a stack or, with an empty path, of a table."""
+    return placement.sharding(partition_spec(placement.stored_dims(f"{name}.{path}".rstrip("."), spec)))
 
 
 def deployed(supply: Supply, config: ModelConfig, placement: ServingPlacement, replicas: Replicas | None = None) -> Serving:
@@ -105,19 +102,18 @@ def _stack(
     supply: Supply, config: ModelConfig, placement: ServingPlacement, name: str, tree: Any, rows: slice | None,
     replicas: Replicas | None,
 ) -> Stack:  # fmt: skip
-    partition = stack_partition(config, name, placement)
-    shardings = jax.tree.map(placement.sharding, partition, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    spec = stack_spec(config, name, placement)
+    shardings = map_specs(partial(_sharding, placement, name), spec)
     lay_out = jax.jit(jax.vmap(partial(attention_laid_out, config=config)), out_shardings=shardings["self_attn"])
     params = {**tree, "self_attn": lay_out(tree["self_attn"])}
-    specs = tuple(jax.tree.leaves(partition, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)))
+    specs = tuple(sharding.spec for sharding in jax.tree.leaves(shardings))
     if rows is None or replicas is None:
         return Stack(params, None, None, placement, specs)
     own = _rows(replicas, rows)
-    spec = stack_spec(config, name, placement)["mlp"]["experts"]
     mlp = {part: leaves for part, leaves in params["mlp"].items() if part in shardings["mlp"]}
     mlp["experts"] = {
-        matrix: _slots(supply, name, matrix, spec[matrix], shardings["mlp"]["experts"][matrix], np.asarray(own.phy2log))
-        for matrix in MATRICES
+        matrix: _slots(supply, name, matrix, slots, shardings["mlp"]["experts"][matrix], np.asarray(own.phy2log))
+        for matrix, slots in spec["mlp"]["experts"].items()
     }
     whole = placement.sharding(PartitionSpec())
     bias = jax.device_put(np.asarray(supply.bias_LE)[rows], whole)
@@ -159,9 +155,7 @@ def from_params(
                 leaf = leaf[key]
             if _has_slots(path, placement):
                 return None
-            return to_mesh(
-                np.asarray(leaf), placement.sharding(partition_spec(placement.stored_dims(f"{name}.{path}".rstrip("."), spec)))
-            )
+            return to_mesh(np.asarray(leaf), _sharding(placement, name, path, spec))
 
         return map_specs(put, tree[name])
 
@@ -248,6 +242,7 @@ def rearranged(model: Serving, replicas: Replicas) -> Serving:
     return model._replace(layers=layers, depths=tuple(Module(m.params, move(m.block)) for m in model.depths))
 
 
+@lru_cache(maxsize=16)
 def _take_slots(sharding: Any) -> Any:
     def take(weight_LRDF: Array, source_LR: Array) -> Array:
         return jax.lax.map(lambda layer: layer[0][layer[1]], (weight_LRDF, source_LR))
@@ -262,15 +257,14 @@ def abstract(config: ModelConfig, placement: ServingPlacement, dtype: Any) -> Se
     def struct(name: str) -> Callable[[str, Spec], Any]:
         def make(path: str, spec: Spec) -> Any:
             kind = jnp.float32 if "router" in spec.axes else dtype
-            dims = placement.stored_dims(f"{name}.{path}".rstrip("."), spec)
-            return jax.ShapeDtypeStruct(spec.shape, kind, sharding=placement.sharding(partition_spec(dims)))
+            return jax.ShapeDtypeStruct(spec.shape, kind, sharding=_sharding(placement, name, path, spec))
 
         return make
 
     def stack(name: str, n_experts: int) -> Stack:
         tree = stack_spec(config, name, placement)
         params = map_specs(struct(name), tree)
-        specs = tuple(jax.tree.leaves(jax.tree.map(lambda a: a.sharding.spec, params)))
+        specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(params))
         if not n_experts:
             return Stack(params, None, None, placement, specs)
         layers = params["input_layernorm"].shape[0]
