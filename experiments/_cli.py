@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,6 +115,14 @@ def run(main: Callable[[], int | None]) -> None:
             sys.exit(_fail(str(error)))
 
     app.run(guarded, flags_parser=parse)
+
+
+def make_folder(folder: Path) -> None:
+    """For `--out`. Raises ValueError, one line, where none can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: expected a folder or where one can be made, got {folder} ({error.strerror})") from error
 
 
 def with_underscores(argv: list[str]) -> list[str]:

@@ -18,7 +18,6 @@ published figures and sets them beside the sources'.
 from pathlib import Path
 
 from absl import flags
-from matplotlib.figure import Figure
 
 from dsv3_jax.analysis import plan_figure, schedule_figure
 from dsv3_jax.analysis.figures import save
@@ -98,9 +97,9 @@ def write(folder: Path, config: Config, chip: Chip, asked: Question, plan: Plan)
     write_json(folder / "plan.json", {"config": to_dict(config), "question": question, **plan.to_dict()})
     title = f"{asked.chips} x {chip.name}, layout {config.parallel.layout}, remat {config.model.remat}"
     share = make_share(config, asked.chips)
-    _write_figure(folder / "plan.png", plan_figure.draw(plan, memory.causes(share), chip.hbm_gib, title))
+    save(plan_figure.draw(plan, memory.causes(share), chip.hbm_gib, title), folder / "plan.png")
     for timeline in timelines(share.sizes[PIPE], asked) if asked.schedule else ():
-        _write_figure(folder / f"schedule-{timeline.schedule.name}.png", schedule_figure.draw(timeline))
+        save(schedule_figure.draw(timeline), folder / f"schedule-{timeline.schedule.name}.png")
 
 
 def plan_decode(config: Config, target: Target, asked: Question) -> Plan:
@@ -111,19 +110,6 @@ def plan_decode(config: Config, target: Target, asked: Question) -> Plan:
     return Plan(aot_decode.sections(config, compiled, model, batch), (aot_decode.ASSUMPTION,))
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: expected a folder or where one can be made, got {folder} ({error.strerror})") from error
-
-
-def _write_figure(path: Path, figure: Figure) -> None:
-    beside = path.with_suffix(".tmp.png")
-    save(figure, beside)
-    beside.replace(path)
-
-
 def main(values: flags.FlagValues = flags.FLAGS) -> int:
     if values.receipts:
         print(render_receipts(published_receipts(), PUBLISHED))
@@ -132,7 +118,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         raise ValueError("--decode: expected together with --aot=TARGET, for which a step is compiled")
     config = override(preset(values.preset), parse_settings(values.set))
     if values.out:
-        _make(Path(values.out))  # first, and not after minutes of compiling
+        _cli.make_folder(Path(values.out))  # first, and not after minutes of compiling
     target = topology(values.aot) if values.aot else None  # first: a GPU's compiler must come before JAX looks for GPUs
     chip, asked = chip_named(values.aot.split(":")[1] if target else values.chip, values.chip_set), question(values)
     if target:

@@ -54,7 +54,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {values.dtype!r}")
     tokens = np.asarray(read_tokens(Path(values.tokens)))
     if values.out:
-        make_folder(Path(values.out))
+        _cli.make_folder(Path(values.out))
     source = open_source(values.checkpoint, compute_dtype=values.dtype, mtp=False)
     config = source.config
     check_tokens(tokens, config)
@@ -73,13 +73,6 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     if values.out:
         write(Path(values.out), found, placement, config)
     return 0
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: expected a folder or where one can be made, got {folder} ({error.strerror})") from error
 
 
 def described(placement: ServingPlacement, config: ModelConfig) -> str:
@@ -142,9 +135,7 @@ def write(folder: Path, found: dict[str, Any], placement: ServingPlacement, conf
     plain |= {name: np.asarray(found[name]).tolist() for name in ("loads", "phy2log")}
     layout = dataclasses.asdict(placement.parallel) | placement.layout._asdict() | {"mesh": dict(placement.sizes)}
     write_json(folder / "serve.json", {"layout": layout, **plain})
-    beside = folder / "serve.tmp.png"
-    save(load_figure.draw(found["rows"], described(placement, config).split("; ")[1]), beside)
-    beside.replace(folder / "serve.png")
+    save(load_figure.draw(found["rows"], described(placement, config).split("; ")[1]), folder / "serve.png")
     print(f"rows of every device and figure: {folder}")
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,3 +19,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compilation makes the first example slow, so no deadline; the same examples on every machine, so a failure can be repeated.
 settings.register_profile("dsv3_jax", deadline=None, derandomize=True)
 settings.load_profile("dsv3_jax")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For programs that run a few times each: compiling them thoroughly would cost more than it saves."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

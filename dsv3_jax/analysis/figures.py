@@ -34,7 +34,10 @@ def new_figure(rows: int, columns: int, width: int | float, height: int | float)
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    figure.savefig(path, dpi=140)
+    """Whole or not at all."""
+    beside = Path(path).with_suffix(".tmp.png")
+    figure.savefig(beside, dpi=140)
+    beside.replace(path)
 
 
 def legend_beside(ax: Axes) -> None:
