@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 EXPERTS = Literal["auto", "bucketed", "ragged_dot", "dense"]
 DTYPES = Literal["float32", "bfloat16"]
+FP8_FORMATS = Literal["e4m3", "e5m2"]
 
 
 def require(ok: bool, message: str) -> None:
@@ -57,6 +58,37 @@ class RopeScaling:
         _require_choice(self)
         _require_positive(self, "original_max_position_embeddings", "beta_fast", "beta_slow")
         require(self.factor >= 1, f"rope_scaling.factor: expected at least 1, got {self.factor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Recipe:
+    """FP8 training [§3.3], every ingredient by itself; the defaults are the report's. What follows: `fp8/precision.py`."""
+
+    activation_format: FP8_FORMATS = "e4m3"
+    weight_format: FP8_FORMATS = "e4m3"
+    gradient_format: FP8_FORMATS = "e4m3"  # others take e5m2
+    tile: int = 128  # values that share a scale: 1 x tile of activations and gradients, tile x tile of weights
+    scaling: Literal["fine", "tensor", "delayed"] = "fine"  # one a tile; one a tensor; one a tensor, from the steps before
+    amax_history: int = 16  # steps that delayed scaling looks back
+    gradient_scaling: Literal["tile", "block"] = "tile"  # block: tile x tile, which diverged in the report's trial
+    power_of_two: Literal["report", "everywhere", "nowhere"] = "report"  # which scales are: after attention, at the exchange
+    amax_floor: float = 1e-30  # released code has 1e-4, not stated for training: above most gradients of a mean loss
+    accumulation: Literal["float32", "promoted", "tensor_core"] = "float32"
+    accumulator: Literal["aligned", "apart"] = "aligned"  # whether it joins the products' alignment; not disclosed
+    promotion_interval: int = 128
+    attention_cache: Literal["e5m6", "e4m3", "compute"] = "e5m6"  # the attention's output, between forward and backward
+    swiglu_cache: Literal["e4m3", "compute"] = "e4m3"  # SwiGLU's inputs
+    dispatch: Literal["e4m3", "compute"] = "e4m3"  # rows on their way to experts, and their gradients
+    router: bool = False  # the gate as well, which the report leaves in its own precision
+
+    def __post_init__(self) -> None:
+        _require_choice(self)
+        _require_positive(self, "tile", "amax_history", "amax_floor", "promotion_interval")
+        require(
+            self.promotion_interval % 32 == 0,
+            f"promotion_interval: expected a multiple of 32, the products that a tensor core adds at once, "
+            f"got {self.promotion_interval}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +143,7 @@ class ModelConfig:
     # numerics
     param_dtype: DTYPES = "float32"
     compute_dtype: DTYPES = "bfloat16"
+    fp8: Fp8Recipe | None = None  # null: linear layers in the compute dtype; the published run had the recipe's defaults
     remat: Literal["none", "report", "full"] = "report"
     experts_implementation: EXPERTS = "auto"
 
@@ -138,6 +171,10 @@ class ModelConfig:
                 kv_heads > 0 and heads % kv_heads == 0,
                 f"num_key_value_heads: gqa expects a divisor of num_attention_heads={heads}, got {kv_heads}",
             )
+        require(
+            self.fp8 is None or self.experts_implementation != "dense",
+            "experts_implementation: dense has no FP8; expected auto, bucketed or ragged_dot",
+        )
         if self.n_moe_layers:
             self._validate_router()
 

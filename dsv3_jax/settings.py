@@ -11,10 +11,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dsv3_jax.config import Config, DataConfig, ModelConfig, ParallelConfig, RopeScaling, TrainConfig, require
+from dsv3_jax.config import Config, DataConfig, Fp8Recipe, ModelConfig, ParallelConfig, RopeScaling, TrainConfig, require
 
 ALIASES = {"selector": "topk_method"}  # the field's word for what config.json calls topk_method
 SECTIONS = ("model", "train", "data", "parallel")
+NESTED = (RopeScaling, Fp8Recipe)  # fields of a section that are objects themselves
 
 
 def field_names() -> dict[str, str]:
@@ -56,8 +57,10 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
             require(type(None) in typing.get_args(hint), f"{name}: null is not allowed")
             return None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if hint is RopeScaling:
-        return RopeScaling(**_checked(RopeScaling, _json(name, text)))
+    if hint is Fp8Recipe and text == "report":
+        return Fp8Recipe()
+    if hint in NESTED:
+        return hint(**_checked(hint, _json(name, text)))
     if typing.get_origin(hint) is Literal:
         if all(isinstance(choice, bool) for choice in typing.get_args(hint)):
             hint = bool
@@ -105,8 +108,9 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """Inverse of `to_dict`; unknown keys raise ValueError."""
     sections = _checked(Config, values)
     model = _checked(ModelConfig, sections["model"])
-    if model.get("rope_scaling") is not None:
-        model["rope_scaling"] = RopeScaling(**_checked(RopeScaling, model["rope_scaling"]))
+    for name, nested in (("rope_scaling", RopeScaling), ("fp8", Fp8Recipe)):
+        if model.get(name) is not None:
+            model[name] = nested(**_checked(nested, model[name]))
     return Config(
         model=ModelConfig(**model),
         train=TrainConfig(**_checked(TrainConfig, sections["train"])),

@@ -15,27 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-FP8_BLOCK = 128  # rows and columns that share one scale in released checkpoints
-
-
-def to_bits(array: Array) -> Array:
-    """Narrow floats as integers of the same bits; any other dtype as it is. `from_bits` is the way back.
-
-    To gather, slice or update bfloat16, XLA on CPU converts the *whole* array to float32 and back. Integers it just moves.
-    """
-    return from_bits(array, bits_dtype(array.dtype))
-
-
-def bits_dtype(dtype: Any) -> Any:
-    """That of `to_bits`."""
-    if dtype.itemsize > 2 or not jnp.issubdtype(dtype, jnp.floating):
-        return dtype
-    return jnp.dtype(jnp.uint16 if dtype.itemsize == 2 else jnp.uint8)
-
-
-def from_bits(array: Array, dtype: Any) -> Array:
-    """The array of `dtype` whose `to_bits` is this."""
-    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
+from dsv3_jax.bits import bits_dtype, from_bits
+from dsv3_jax.fp8.quantize import Quantised
 
 
 @jax.tree_util.register_dataclass
@@ -71,35 +52,6 @@ def bits_on_cpu(array: Array) -> Any:
     if kind == array.dtype or next(iter(array.devices())).platform != "cpu":
         return array
     return Bits(jax.device_put(np.asarray(array).view(kind)), array.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class BlockScaled:
-    """FP8, one float32 scale for each block of 128 x 128; blocks at the edges are smaller. value * scale is the weight."""
-
-    values: Any  # [*stack, in, out], float8_e4m3fn, or its bits
-    scale: Array  # [*stack, ceil(in / 128), ceil(out / 128)]: float32, or float8_e8m0fnu as stored
-    sides: tuple[int, ...] = field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.values.shape[:-2], *self.sides)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.values.dtype
-
-    def astype(self, dtype: Any) -> Array:
-        """The weights, a product in float32, rounded once to `dtype`."""
-        n_in, n_out = self.values.shape[-2:]
-        scale = self.scale.astype(jnp.float32)
-        scale = jnp.repeat(jnp.repeat(scale, FP8_BLOCK, axis=-2)[..., :n_in, :], FP8_BLOCK, axis=-1)[..., :n_out]
-        return (self.values.astype(jnp.float32) * scale).astype(dtype).reshape(self.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -160,7 +112,7 @@ class Int4:
         return (values * scale).astype(dtype)
 
 
-Stored = (Bits, BlockScaled, Int8, Int4)
+Stored = (Bits, Quantised, Int8, Int4)
 
 
 def to_int8(weight: Array, axis: int = -2) -> Int8:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.weights import Bits, BlockScaled, bits_on_cpu, n_bytes, to_bits, to_int4, to_int8
+from dsv3_jax.bits import to_bits
+from dsv3_jax.fp8.quantize import Quantised
+from dsv3_jax.weights import Bits, bits_on_cpu, n_bytes, to_int4, to_int8
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 150), st.integers(1, 20))
 
@@ -65,7 +67,7 @@ def block_scaled(stack, n_in, n_out, seed=0):
 @given(n_in=st.integers(1, 300), n_out=st.integers(1, 300))
 def test_block_scales_belong_to_blocks_of_128_and_to_what_is_left_at_the_edges(n_in, n_out):
     values, scale = block_scaled((), n_in, n_out)
-    got = np.asarray(BlockScaled(jnp.asarray(values), jnp.asarray(scale), (n_in, n_out)).astype(jnp.float32))
+    got = np.asarray(Quantised(jnp.asarray(values), jnp.asarray(scale), (n_in, n_out)).astype(jnp.float32))
     for _ in range(20):
         i, j = np.random.default_rng(n_in * n_out).integers(0, (n_in, n_out))
         assert got[i, j] == np.float32(values[i, j]) * scale[i // 128, j // 128]
@@ -74,7 +76,7 @@ def test_block_scales_belong_to_blocks_of_128_and_to_what_is_left_at_the_edges(n
 
 def test_a_stored_weight_has_its_matrix_shape_again():
     values, scale = block_scaled((2,), 6, 20)
-    weight = BlockScaled(jnp.asarray(values), jnp.asarray(scale), (6, 4, 5))
+    weight = Quantised(jnp.asarray(values), jnp.asarray(scale), (6, 4, 5))
     assert weight.shape == weight.astype(jnp.float32).shape == (2, 6, 4, 5) and weight.ndim == 4
 
 

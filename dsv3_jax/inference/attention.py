@@ -15,13 +15,13 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from dsv3_jax.bits import bits_dtype, from_bits, to_bits
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.serving import joined
 from dsv3_jax.model.attention import causal_attention
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import plain_heads
 from dsv3_jax.model.rope import apply_rope, softmax_scale
-from dsv3_jax.weights import bits_dtype, from_bits, to_bits
 
 Rope = tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
 SMALLEST_VIEW = 128  # rows of the cache that are looked at, at least

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.bits import from_bits, to_bits
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.serving import joined
 from dsv3_jax.moe.dispatch import make_plan, take_rows
 from dsv3_jax.moe.experts import routed_experts
 from dsv3_jax.moe.router import Routing, route
-from dsv3_jax.weights import from_bits, to_bits
 
 # More rows (token, chosen expert) than this are sorted by expert in any case: its weights are then read once for all its rows.
 MOST_ROWS = 64

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8.quantize import FP8_BLOCK
 from dsv3_jax.interop.folder import Tensors
 from dsv3_jax.interop.names import IGNORED, SCALE, bias_names, copies, leaves
 from dsv3_jax.interop.safetensors import quoted
-from dsv3_jax.weights import FP8_BLOCK
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.fp8.quantize import FP8_BLOCK
 from dsv3_jax.interop.safetensors import quoted
-from dsv3_jax.weights import FP8_BLOCK
 
 # What a released file says beside the fields of ModelConfig, and what it must say for this architecture to be meant.
 EXPECTED: dict[str, Any] = {

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8.quantize import FP8_BLOCK, Quantised
 from dsv3_jax.interop.check import FP8
 from dsv3_jax.interop.folder import Tensors
 from dsv3_jax.interop.names import SCALE, Leaf, bias_names, leaves
@@ -22,7 +23,6 @@ from dsv3_jax.parallel.arrays import aligned_empty, from_pieces
 from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.parallel.mesh import LAYOUTS
 from dsv3_jax.parallel.rules import partition_spec
-from dsv3_jax.weights import FP8_BLOCK, BlockScaled
 
 Dtype = Literal["float32", "bfloat16", "stored"]
 BLOCK = (256, 1024)  # rows and columns that are converted at a time
@@ -40,7 +40,7 @@ def load_parameters(
     """The parameter tree of `model_spec(config)`.
 
     `dtype`: "float32" or "bfloat16" for all of it, FP8 multiplied out unless `keep_fp8` (the router's matrix stays float32 if
-    the file has it so); "stored" keeps what the file has, FP8 as `BlockScaled`. Under a `placement` each device reads its own
+    the file has it so); "stored" keeps what the file has, FP8 as `Quantised`. Under a `placement` each device reads its own
     slice. The source must have passed `check_tensors`. Raises ValueError where a mesh cannot divide FP8 kept as it is.
     """
     check_dtype(dtype)
@@ -79,7 +79,7 @@ def _read_leaf(source: Tensors, leaf: Leaf, kind: np.dtype, placement: Placement
     scale_kind = source.entries[leaf.name((0,) * stack) + SCALE][0]
     values = _array(values_shape, FP8, spec, placement, lambda out, i: _copy(source, leaf, out, i, ""))
     scale = _array(scale_shape, scale_kind, spec, placement, lambda out, i: _copy(source, leaf, out, i, SCALE))
-    return BlockScaled(values, scale, leaf.sides)
+    return Quantised(values, scale, leaf.sides)
 
 
 def cuts_matrices(placement: Placement) -> bool:

@@ -13,12 +13,12 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8.quantize import FP8_BLOCK
 from dsv3_jax.interop.check import E8M0, FP8, grid
 from dsv3_jax.interop.folder import Tensors
 from dsv3_jax.interop.names import IGNORED, SCALE, bias_names, leaves
 from dsv3_jax.interop.read import as_float
 from dsv3_jax.interop.safetensors import Planned
-from dsv3_jax.weights import FP8_BLOCK
 
 Target = Literal["keep", "float32", "bfloat16", "fp8"]
 FP8_MAX, SMALLEST_AMAX = 448.0, 1e-4

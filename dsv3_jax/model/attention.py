@@ -9,16 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
+from dsv3_jax.fp8.linear import keep
+from dsv3_jax.fp8.quantize import Quantised, Quantiser
 from dsv3_jax.parallel.collectives import varying_like
 
 # A block costs code, its keys beyond the diagonal cost work: (n + 1) / 2n of the full square for n blocks.
 MAX_BLOCKS, MIN_BLOCK = 8, 64
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def causal_attention(
     q_BGQTC: Float[Array, "B G Q T C"],
     k_BGSC: Float[Array, "B G T C"],
@@ -30,7 +32,26 @@ def causal_attention(
 
     A query sees the keys at or before its position, of its own segment where `segments` is given.
     """
-    return _forward(q_BGQTC, k_BGSC, v_BGSW, segments_BT, scale)[0]
+    return _attention(q_BGQTC, k_BGSC, v_BGSW, segments_BT, scale, None)[0]
+
+
+def attention_and_cache(
+    q_BGQTC: Float[Array, "B G Q T C"],
+    k_BGSC: Float[Array, "B G T C"],
+    v_BGSW: Float[Array, "B G T W"],
+    segments_BT: Int[Array, "B T"] | None,
+    scale: float,
+    cache: Quantiser | None,
+) -> tuple[Float[Array, "B G Q T W"], Quantised | None]:
+    """As `causal_attention`; its output is kept as `cache` rounds it, [B T, G Q W], for the projection after it as well."""
+    return _attention(q_BGQTC, k_BGSC, v_BGSW, segments_BT, scale, cache)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+    q: Array, k: Array, v: Array, segments_BT: Array | None, scale: float, cache: Quantiser | None
+) -> tuple[Array, Quantised | None]:
+    return _forward(q, k, v, segments_BT, scale, cache)[0]
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -51,7 +72,9 @@ def _scores(q_: Array, k: Array, segments_BT: Array | None, scale: float, start:
     return jnp.where(visible[:, None, None], scores, never)
 
 
-def _forward(q: Array, k: Array, v: Array, segments_BT: Array | None, scale: float) -> tuple[Array, Any]:
+def _forward(
+    q: Array, k: Array, v: Array, segments_BT: Array | None, scale: float, cache: Quantiser | None
+) -> tuple[tuple[Array, Quantised | None], Any]:
     outs: list[Array] = []
     lses: list[Array] = []
     for start, stop in _blocks(q.shape[3]):
@@ -65,12 +88,21 @@ def _forward(q: Array, k: Array, v: Array, segments_BT: Array | None, scale: flo
         out = jnp.einsum("bgqts,bgsw->bgqtw", weights.astype(v.dtype), v[:, :, :stop], preferred_element_type=jnp.float32)
         outs.append((out / total).astype(v.dtype))
         lses.append(peak + jnp.log(total))
-    out, lse = (remat.name(jnp.concatenate(parts, axis=3), remat.ATTENTION) for parts in (outs, lses))
-    return out, (q, k, v, segments_BT, out, lse)
+    out, lse = jnp.concatenate(outs, axis=3), remat.name(jnp.concatenate(lses, axis=3), remat.ATTENTION)
+    if cache is None:
+        out = remat.name(out, remat.ATTENTION)
+        return (out, None), (q, k, v, segments_BT, out, lse)
+    kept = remat.name(keep(rearrange(out, "b g q t w -> (b t) (g q w)"), cache), remat.ATTENTION)
+    return (out, kept), (q, k, v, segments_BT, kept, lse)
 
 
-def _backward(scale: float, saved: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, segments_BT, out, lse = saved
+def _backward(
+    scale: float, cache: Quantiser | None, saved: Any, d_outputs: tuple[Array, Any]
+) -> tuple[Array, Array, Array, None]:
+    (q, k, v, segments_BT, out, lse), d_out = saved, d_outputs[0]
+    if cache is not None:
+        sizes = dict(zip("bgqtw", d_out.shape, strict=True))
+        out = rearrange(out.astype(jnp.float32), "(b t) (g q w) -> b g q t w", **sizes)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     d_q: list[Array] = []
     d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
@@ -96,4 +128,4 @@ def _over_queries(square: Array, narrow: Array) -> Array:
     return jnp.einsum("bgqts,bgqtx->bgsx", square, narrow, preferred_element_type=jnp.float32)
 
 
-causal_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)

@@ -1,6 +1,8 @@
-"""RMSNorm and SwiGLU [§2.1]."""
+"""RMSNorm, linear operations and SwiGLU [§2.1], in the formats of the precision table [§3.3.1]."""
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax import remat
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8 import linear as fp8
+from dsv3_jax.fp8.precision import products, swiglu_cache
+from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise
 from dsv3_jax.model.spec import Spec, SpecTree
 from dsv3_jax.parallel.collectives import varying_like
 
@@ -32,9 +38,64 @@ def swiglu_spec(hidden: int, width: int, axis: str = "mlp") -> SpecTree:
     }
 
 
-def swiglu(params: Mapping[str, Any], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+def linear(
+    params: Mapping[str, Any],
+    name: str,
+    x: Float[Array, "*batch I"],
+    config: ModelConfig,
+    kept: Quantised | None = None,
+) -> Float[Array, "*batch O"]:
+    """x times `params[name]`, both of whose sides may be several axes; in FP8 where the table says so, else in x's dtype.
+
+    `kept`: what the backward pass has for x, in FP8.
+    """
+    weight, how = params[name], products(config, name)
+    if how is None:
+        weight = weight.astype(x.dtype)
+    if weight.ndim > 2 and not isinstance(weight, Quantised):
+        inputs = weight.shape[:-1] if name == "o_proj" else weight.shape[:1]
+        weight = weight.reshape(math.prod(inputs), -1)
+    if how is None:
+        return x @ weight
+    x, weight = varying_like((x, weight), (x, weight))
+    return fp8.linear(x, weight, how, kept)
+
+
+def swiglu(params: Mapping[str, Any], x: Float[Array, "*batch D"], config: ModelConfig) -> Float[Array, "*batch D"]:
     """down(silu(gate(x)) * up(x)); weights are cast to x's dtype."""
-    gate, up, down = (params[name].astype(x.dtype) for name in ("gate_proj", "up_proj", "down_proj"))
     x = varying_like(params, x)  # so that tensor ranks sum x's gradient once, and not each product's share of it
-    g, u = (remat.name(x @ weight, remat.SWIGLU_INPUT) for weight in (gate, up))
-    return remat.keep_inputs(lambda g, u: jax.nn.silu(g) * u)(g, u) @ down
+    cache = swiglu_cache(config)
+    if cache is None:
+        g, u = (remat.name(linear(params, name, x, config), remat.SWIGLU_INPUT) for name in ("gate_proj", "up_proj"))
+        return linear(params, "down_proj", remat.keep_inputs(silu_times)(g, u), config)
+    how = products(config, "down_proj")
+    assert how is not None, config.fp8
+    g, u = (linear(params, name, x, config).reshape(-1, params[name].shape[-1]) for name in ("gate_proj", "up_proj"))
+    y = _gated_down(*varying_like((g, params), (g, u, params["down_proj"])), how, cache)
+    return y.reshape(x.shape)
+
+
+def silu_times(g: Float[Array, "*batch F"], u: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+    return jax.nn.silu(g) * u
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _gated_down(g_NF: Array, u_NF: Array, weight_FD: Array, how: fp8.Products, cache: Quantiser) -> Array:
+    """SwiGLU and its down projection, with the inputs alone kept, in FP8, and the product of both computed again [§3.2.3]."""
+    h = silu_times(g_NF.astype(jnp.float32), u_NF.astype(jnp.float32))
+    return fp8.fprop(quantise(h, how.x), weight_FD, how).astype(g_NF.dtype)
+
+
+def _gated_down_forward(g_NF: Array, u_NF: Array, weight_FD: Array, how: fp8.Products, cache: Quantiser) -> tuple[Array, Any]:
+    kept = remat.name(tuple(fp8.keep(v, cache) for v in (g_NF, u_NF)), remat.SWIGLU_INPUT)
+    return _gated_down(g_NF, u_NF, weight_FD, how, cache), (kept, weight_FD)
+
+
+def _gated_down_backward(how: fp8.Products, cache: Quantiser, saved: Any, dy_ND: Array) -> tuple[Array, Array, Array]:
+    kept, weight_FD = saved
+    h, pull_back = jax.vjp(silu_times, *(v.astype(jnp.float32) for v in kept))
+    dg, du = pull_back(fp8.dgrad(dy_ND, weight_FD, how))
+    return dg.astype(dy_ND.dtype), du.astype(dy_ND.dtype), fp8.wgrad(h, dy_ND, how).astype(weight_FD.dtype)
+
+
+_gated_down.defvjp(_gated_down_forward, _gated_down_backward)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.attention import causal_attention
-from dsv3_jax.model.layers import rms_norm
+from dsv3_jax.fp8.precision import attention_cache, products
+from dsv3_jax.model.attention import attention_and_cache, causal_attention
+from dsv3_jax.model.layers import linear, rms_norm
 from dsv3_jax.model.rope import apply_rope, softmax_scale
 from dsv3_jax.model.spec import Spec, SpecTree, gain
 
@@ -65,10 +66,10 @@ def _mla_heads(params: Mapping[str, Any], x_BTD: Array, config: ModelConfig) -> 
     """Eqs. 1-9: compress to latents, normalise them, expand per head; k_rope bypasses the latent and its norm."""
 
     def down(name: str) -> Array:
-        return remat.name(x_BTD @ params[name].astype(x_BTD.dtype), remat.LATENT)
+        return remat.name(linear(params, name, x_BTD, config), remat.LATENT)
 
     def up(latent_BTC: Array, name: str) -> Array:
-        return jnp.einsum("btc,chd->bhtd", latent_BTC, params[name].astype(x_BTD.dtype))
+        return _heads(params, name, latent_BTC, config)
 
     if config.q_lora_rank is None:
         q = up(x_BTD, "q_proj")
@@ -81,9 +82,16 @@ def _mla_heads(params: Mapping[str, Any], x_BTD: Array, config: ModelConfig) -> 
     return Heads(q_content, q_rope, k_content, k_rope_BTR[:, None], v)
 
 
+def _heads(params: Mapping[str, Any], name: str, x_BTC: Array, config: ModelConfig) -> Array:
+    """Projected to heads: [B, H, T, channels of a head]."""
+    if products(config, name) is None:
+        return jnp.einsum("btc,chd->bhtd", x_BTC, params[name].astype(x_BTC.dtype))
+    return rearrange(linear(params, name, x_BTC, config), "b t (h d) -> b h t d", h=params[name].shape[1])
+
+
 def plain_heads(params: Mapping[str, Any], x_BTD: Array, config: ModelConfig) -> Heads:
     """MHA, GQA and MQA: full projections; rotation on the last qk_rope_head_dim channels of each head."""
-    q, k, v = (jnp.einsum("btd,dhc->bhtc", x_BTD, params[n].astype(x_BTD.dtype)) for n in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = (_heads(params, name, x_BTD, config) for name in ("q_proj", "k_proj", "v_proj"))
     q_content, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     k_content, k_rope = jnp.split(k, [config.qk_nope_head_dim], axis=-1)
     return Heads(q_content, q_rope, k_content, k_rope, v)
@@ -107,6 +115,9 @@ def attention(
     q_BHTK = jnp.concatenate([heads.q_content_BHTC, q_rope], axis=-1)
     k_BGTK = jnp.concatenate([heads.k_content_BGTC, k_rope], axis=-1)
     q_BGQTK = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=heads.v_BGTW.shape[1])
-    out_BGQTW = causal_attention(q_BGQTK, k_BGTK, heads.v_BGTW, segments_BT, softmax_scale(config))
-    out_BHTW = rearrange(out_BGQTW, "b g q t w -> b (g q) t w")
-    return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype))
+    core = q_BGQTK, k_BGTK, heads.v_BGTW, segments_BT, softmax_scale(config)
+    if products(config, "o_proj") is None:
+        out_BHTW = rearrange(causal_attention(*core), "b g q t w -> b (g q) t w")
+        return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype))
+    out_BGQTW, kept = attention_and_cache(*core, attention_cache(config))
+    return linear(params, "o_proj", rearrange(out_BGQTW, "b g q t w -> b t (g q w)"), config, kept)

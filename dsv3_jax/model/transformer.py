@@ -124,7 +124,7 @@ def block(
     x_BTD = remat.name(x_BTD + sum_over_tensor(attended, placement), remat.RESIDUAL)
     normed = rms_norm(x_BTD, params["post_attention_layernorm"], config.rms_norm_eps)
     if bias_E is None:
-        return x_BTD + sum_over_tensor(swiglu(params["mlp"], normed), placement), None
+        return x_BTD + sum_over_tensor(swiglu(params["mlp"], normed, config), placement), None
     out_BTD, routing = moe(params["mlp"], bias_E, normed, config, placement)
     return x_BTD + out_BTD, routing
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.weights import from_bits, to_bits
+from dsv3_jax.bits import from_bits, to_bits
 
 IN_BOUNDS = "promise_in_bounds"  # our own indices are; clamping them costs a fifth of a gather on CPU
 

@@ -23,9 +23,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
+from dsv3_jax.bits import from_bits, to_bits
 from dsv3_jax.moe.dispatch import Plan, combine, dispatch, make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import varying_like
-from dsv3_jax.weights import from_bits, is_stored, to_bits
+from dsv3_jax.weights import is_stored
 
 # gate and up [E, D, F], down [E, F, D]: arrays, stored weights, or each a tuple of E matrices
 Weights = tuple[Any, ...]

@@ -7,9 +7,11 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8.precision import wire
 from dsv3_jax.model.layers import swiglu, swiglu_spec
 from dsv3_jax.model.spec import Spec, SpecTree
 from dsv3_jax.moe.experts import routed_experts
+from dsv3_jax.moe.fp8_experts import fp8_routed_experts
 from dsv3_jax.moe.router import Routing, route
 from dsv3_jax.parallel.all_to_all import exchanged_experts
 from dsv3_jax.parallel.collectives import Placement, sum_over_tensor, varying_like
@@ -49,17 +51,21 @@ def moe(
     u_BTD = varying_like(params["experts"], u_BTD)  # once for all experts, shared ones too: its gradient is then summed once
     batch, length, hidden = u_BTD.shape
     flat = (batch * length, -1)
-    experts = {n: w if is_stored(w) else w.astype(u_BTD.dtype) for n, w in params["experts"].items()}
     implementation = config.experts_implementation
     if implementation == "auto" and placement is not None:
         implementation = "bucketed" if placement.platform == "cpu" else "ragged_dot"
-    here = partial(routed_experts, implementation=implementation)
+    if config.fp8 is None:
+        experts = {n: w if is_stored(w) else w.astype(u_BTD.dtype) for n, w in params["experts"].items()}
+        here = partial(routed_experts, implementation=implementation)
+    else:
+        experts = params["experts"]  # rounded from what they are, not from the compute dtype
+        here = partial(fp8_routed_experts, config=config, implementation=implementation)
     inputs = u_BTD.reshape(flat), routing.indices.reshape(flat), routing.gates.reshape(flat), experts
     if placement is None or placement.sizes[EXPERT] == 1:
         y_ND = here(*inputs)
     else:
-        y_ND = exchanged_experts(*inputs, here, placement)
+        y_ND = exchanged_experts(*inputs, here, placement, wire(config))
     y_BTD = y_ND.reshape(batch, length, hidden)
     if config.n_shared_experts:
-        y_BTD = y_BTD + swiglu(params["shared_experts"], u_BTD)
+        y_BTD = y_BTD + swiglu(params["shared_experts"], u_BTD, config)
     return sum_over_tensor(y_BTD, placement), routing

@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8 import linear as fp8
+from dsv3_jax.fp8.precision import products
+from dsv3_jax.parallel.collectives import varying_like
 from dsv3_jax.plugins import resolve
 
 GATE_EPS = 1e-20  # released code's guard in the normalisation
@@ -61,9 +64,11 @@ def route(
     x: Float[Array, "*batch D"], weight_DE: Float[Array, "D E"], bias_E: Float[Array, " E"], config: ModelConfig
 ) -> Routing:
     """Eqs. 12-16. The bias moves selection only: no gradient flows through it or through the choice."""
-    logits = jnp.matmul(
-        x.astype(jnp.float32), weight_DE.astype(jnp.float32), precision="highest", preferred_element_type=jnp.float32
-    )
+    x, weight_DE, how = x.astype(jnp.float32), weight_DE.astype(jnp.float32), products(config, "gate")
+    if how is None:
+        logits = jnp.matmul(x, weight_DE, precision="highest", preferred_element_type=jnp.float32)
+    else:  # not the report's: to see what it does
+        logits = fp8.linear(*varying_like((x, weight_DE), (x, weight_DE)), how)
     logits = remat.name(logits, remat.ROUTER)
     scores = resolve("scoring_func", config.scoring_func, SCORE_FUNCTIONS)(logits)
     _require_like(logits, scores, "scoring_func", config.scoring_func)

@@ -14,6 +14,7 @@ The backward pass replays the rounds from the layer's inputs: nothing that a rou
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.fp8.linear import keep
+from dsv3_jax.fp8.precision import AS_IT_IS, Wire
+from dsv3_jax.fp8.quantize import Quantised, Quantiser
 from dsv3_jax.moe.dispatch import make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import Placement, varying, varying_like
 
@@ -145,13 +149,15 @@ def exchanged_experts(
     weights: Weights,
     local: Local,
     placement: Placement,
+    wire: Wire = AS_IT_IS,
 ) -> Float[Array, "N D"]:
     """The routed sum of eq. 12 for a rank's own tokens, with `weights` of its own experts; inside shard_map.
 
     `local` computes the experts of rows that are here. Where tensor ranks cut experts' matrices the result is a partial sum.
+    `wire`: how rows are rounded before they travel, forward and backward; what the experts return travels as it is.
     """
     varied = varying_like((x_ND, weights), (x_ND, gates_NK, weights))
-    return _exchanged(*varied[:2], indices_NK, varied[2], local, placement)
+    return _exchanged(*varied[:2], indices_NK, varied[2], local, placement, wire)
 
 
 class _Route(NamedTuple):
@@ -185,29 +191,55 @@ def _in_rounds(n_rounds: Array, body: Callable, carry: Any) -> Any:
     return lax.fori_loop(jnp.int32(0), n_rounds, body, carry)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _exchanged(x_ND: Array, gates_NK: Array, indices_NK: Array, weights: Weights, local: Local, placement: Placement) -> Array:
+def _on_the_wire(x_ND: Array, how: Quantiser | None) -> Any:
+    """What is sent of every row of tokens."""
+    return x_ND if how is None else keep(x_ND, how)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _exchanged(
+    x_ND: Array, gates_NK: Array, indices_NK: Array, weights: Weights, local: Local, placement: Placement, wire: Wire
+) -> Array:
     route = _route(indices_NK, weights["gate_proj"].shape[0], placement)
-    x_RD, gates_R1 = take_rows(x_ND, route.token_R), gates_NK.reshape(-1, 1)[route.choice_R]
+    x, gates_R1 = _rows(_on_the_wire(x_ND, wire.x), route), gates_NK.reshape(-1, 1)[route.choice_R]
 
     def one_round(r: Array, y_RD: Array) -> Array:
         send = partial(route.exchange.send, start_P=route.start_P, queues=route.queues, r=r)
         expert_C1 = route.exchange.experts(route.queues, r)[:, None]
-        y_CD = local(send(x_RD), expert_C1, send(gates_R1), weights)
+        y_CD = local(_sent(send, x, x_ND.dtype), expert_C1, send(gates_R1), weights)
         return route.exchange.give_back(y_CD, y_RD, route.start_P, route.queues, r)
 
-    y_RD = _in_rounds(route.n_rounds, one_round, varying_like((x_RD, weights), jnp.zeros_like(x_RD)))
+    zeros = jnp.zeros((route.token_R.shape[0], x_ND.shape[1]), x_ND.dtype)
+    y_RD = _in_rounds(route.n_rounds, one_round, varying_like((x_ND, weights), zeros))
     return sum_rows(y_RD, route.row_NK).astype(x_ND.dtype)
 
 
-def _exchanged_forward(x_ND: Array, gates_NK: Array, indices_NK: Array, weights: Weights, local: Local, placement: Placement):
-    return _exchanged(x_ND, gates_NK, indices_NK, weights, local, placement), (x_ND, gates_NK, indices_NK, weights)
+def _rows(tokens: Any, route: _Route) -> Any:
+    """Every row's copy of its token."""
+    return jax.tree.map(lambda a: take_rows(a, route.token_R), tokens)
 
 
-def _exchanged_backward(local: Local, placement: Placement, saved: Any, dy_ND: Array):
-    x_ND, gates_NK, indices_NK, weights = saved
+def _sent(send: Callable[[Array], Array], rows: Any, dtype: Any) -> Array:
+    """Rows that have arrived, in `dtype`; in FP8 they travel as bytes, with their scales beside them."""
+    if not isinstance(rows, Quantised):
+        return send(rows)
+    received = replace(rows, values=send(rows.values), scale=send(rows.scale))
+    return replace(received, sides=received.values.shape).astype(dtype)
+
+
+def _exchanged_forward(
+    x_ND: Array, gates_NK: Array, indices_NK: Array, weights: Weights, local: Local, placement: Placement, wire: Wire
+):
+    tokens = _on_the_wire(x_ND, wire.x)
+    like_x = varying_like(x_ND, jnp.zeros((0,), x_ND.dtype))
+    y_ND = _exchanged(x_ND, gates_NK, indices_NK, weights, local, placement, wire)
+    return y_ND, (tokens, like_x, gates_NK, indices_NK, weights)
+
+
+def _exchanged_backward(local: Local, placement: Placement, wire: Wire, saved: Any, dy_ND: Array):
+    tokens, like_x, gates_NK, indices_NK, weights = saved
     route = _route(indices_NK, weights["gate_proj"].shape[0], placement)
-    x_RD, dy_RD = take_rows(x_ND, route.token_R), take_rows(dy_ND, route.token_R)
+    x, dy = _rows(tokens, route), _rows(_on_the_wire(dy_ND, wire.gradient), route)
     gates_R1 = gates_NK.reshape(-1, 1)[route.choice_R]
 
     def one_round(r: Array, carry: Any) -> Any:
@@ -215,17 +247,22 @@ def _exchanged_backward(local: Local, placement: Placement, saved: Any, dy_ND: A
         send = partial(route.exchange.send, start_P=route.start_P, queues=route.queues, r=r)
         give_back = partial(route.exchange.give_back, start_P=route.start_P, queues=route.queues, r=r)
         expert_C1 = route.exchange.experts(route.queues, r)[:, None]
-        _, pull_back = jax.vjp(lambda x, gates, w: local(x, expert_C1, gates, w), send(x_RD), send(gates_R1), weights)
-        dx_CD, dgates_C1, more = pull_back(send(dy_RD))
+        x_CD, dy_CD = _sent(send, x, like_x.dtype), _sent(send, dy, dy_ND.dtype)
+        _, pull_back = jax.vjp(lambda x, gates, w: local(x, expert_C1, gates, w), x_CD, send(gates_R1), weights)
+        dx_CD, dgates_C1, more = pull_back(dy_CD)
         dweights = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dweights, more)
         return give_back(dx_CD, dx_RD), give_back(dgates_C1, dgates_R1), dweights
 
     # Summed over rounds in float32: two rounds of the same expert must not round twice.
-    zeros = jnp.zeros_like(x_RD), jnp.zeros_like(gates_R1), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    dx_RD, dgates_R1, dweights = _in_rounds(route.n_rounds, one_round, varying_like((x_RD, weights), zeros))
+    zeros = (
+        jnp.zeros((route.token_R.shape[0], dy_ND.shape[1]), like_x.dtype),
+        jnp.zeros_like(gates_R1),
+        jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
+    )
+    dx_RD, dgates_R1, dweights = _in_rounds(route.n_rounds, one_round, varying_like((dy_ND, weights), zeros))
     dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
     dgates_NK = dgates_R1[route.row_NK, 0]
-    return sum_rows(dx_RD, route.row_NK).astype(x_ND.dtype), dgates_NK, None, dweights
+    return sum_rows(dx_RD, route.row_NK).astype(like_x.dtype), dgates_NK, None, dweights
 
 
 _exchanged.defvjp(_exchanged_forward, _exchanged_backward)

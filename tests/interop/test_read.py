@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_jax.fp8.quantize import Quantised
 from dsv3_jax.inference.loaded import load
 from dsv3_jax.interop import read
 from dsv3_jax.interop.config_json import model_config as interop_config
 from dsv3_jax.interop.folder import ReleasedFolder
 from dsv3_jax.interop.names import leaves
 from dsv3_jax.interop.source import open_source
-from dsv3_jax.weights import BlockScaled
 from oracles.checks_loader import check_same_parameters, check_stored_case
 from oracles.from_checkpoint import from_checkpoint, model_config
 from oracles.layouts import placement_of
@@ -104,7 +104,7 @@ def test_fp8_is_kept_with_its_scales_and_stands_for_the_same_weights(tmp_path):
     released, tensors = fp8_folder(tmp_path, num_nextn_predict_layers=1)
     kept = load(tmp_path, dtype="stored").params
     q_b = kept["moe_layers"]["self_attn"]["q_b_proj"]
-    assert isinstance(q_b, BlockScaled) and q_b.dtype == jnp.float8_e4m3fn and q_b.scale.dtype == jnp.float32
+    assert isinstance(q_b, Quantised) and q_b.dtype == jnp.float8_e4m3fn and q_b.scale.dtype == jnp.float32
     stored = tensors["model.layers.2.self_attn.q_b_proj.weight"]
     assert np.asarray(q_b.values[1]).T.tobytes() == stored.tobytes()
     np.testing.assert_array_equal(q_b.scale[1].T, tensors["model.layers.2.self_attn.q_b_proj.weight_scale_inv"])

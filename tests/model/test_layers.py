@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model.layers import rms_norm, swiglu
+from dsv3_jax.presets import preset
 from oracles import numpy_layers
 
 
@@ -29,5 +30,5 @@ def test_swiglu_equals_the_reference():
     params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     tensors = {f"{name}.weight": weight.T.astype(np.float64) for name, weight in params.items()}
     expected = numpy_layers.swiglu(x.astype(np.float64), tensors, "")
-    actual = swiglu({name: jnp.asarray(w) for name, w in params.items()}, jnp.asarray(x))
+    actual = swiglu({name: jnp.asarray(w) for name, w in params.items()}, jnp.asarray(x), preset("tiny").model)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)

@@ -1,0 +1,112 @@
+"""Products of quantised operands and three fidelities of accumulation [§3.3.2, figure 7b].
+
+* `float32`: the dequantised operands' product in float32. What an ideal machine would give, up to float32's rounding.
+* `promoted`: as the tensor core accumulates, but every `interval` products the sum moves to a float32 register, and is scaled
+  on the way: the report's N_C = 128.
+* `tensor_core`: as the tensor core accumulates, over all of K.
+
+The tensor core takes 32 products at a time, shifts them to the largest exponent among them and keeps 14 bits of each, cut off.
+Two readings of what the report leaves open: does the accumulator join them (`aligned`: it too is shifted and cut, and so keeps
+14 bits), or is their sum added to it in float32 (`apart`)?
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dsv3_jax.fp8.quantize import Quantised
+
+GROUP = 32  # products that the tensor core aligns together
+KEPT_BITS = 14
+
+Fidelity = Literal["float32", "promoted", "tensor_core"]
+Reading = Literal["aligned", "apart"]
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How products are added up. `interval`: products between two promotions."""
+
+    fidelity: Fidelity = "float32"
+    reading: Reading = "aligned"
+    interval: int = 128
+
+    @property
+    def carries(self) -> bool:
+        """Whether the register of one product goes on into the next of the same sum."""
+        return self.fidelity == "tensor_core"
+
+    def __str__(self) -> str:
+        if self.fidelity == "float32":
+            return "float32"
+        bits = f"{KEPT_BITS} bits, accumulator {self.reading}"
+        return f"{bits}, float32 each {self.interval}" if self.fidelity == "promoted" else f"{bits}, no promotion"
+
+
+def product(a: Quantised, b: Quantised, how: Accumulation, start: Float[Array, "M N"] | None = None) -> Float[Array, "M N"]:
+    """a [M, K] times b [K, N], float32; added to `start`, the sum so far, where it is given.
+
+    Raises ValueError if the operands' tiles along K differ and the products are not in float32.
+    """
+    if how.fidelity == "float32":
+        total = jnp.matmul(
+            a.astype(jnp.float32), b.astype(jnp.float32), precision="highest", preferred_element_type=jnp.float32
+        )
+        return total if start is None else start + total
+    (m, k), n = a.values.shape[-2:], b.values.shape[-1]
+    zeros = jnp.zeros((m, n), jnp.float32)
+    total = zeros if start is None else start
+    if how.fidelity == "tensor_core":
+        return tensor_core(a.astype(jnp.float32), b.astype(jnp.float32), total, how.reading)
+    side = a.tile[1] or k
+    if side != (b.tile[0] or k):
+        raise ValueError(f"tiles along K: expected the same of both operands, got {a.tile[1]} and {b.tile[0]}")
+    if side % how.interval and side < k:  # several scales between two promotions: on the numbers themselves
+        scaled = a.astype(jnp.float32), b.astype(jnp.float32)
+        for i in range(0, k, how.interval):
+            total += tensor_core(scaled[0][:, i : i + how.interval], scaled[1][i : i + how.interval], zeros, how.reading)
+        return total
+    a, b = a.wide(), b.wide()
+    a_scale, b_scale = _rows(a.scale, a.tile[0], m), _rows(b.scale.T, b.tile[1], n).T
+    for i in range(0, k, how.interval):
+        part = tensor_core(a.values[:, i : i + how.interval], b.values[i : i + how.interval], zeros, how.reading)
+        tile = i // side
+        total += part * a_scale[:, tile : tile + 1] * b_scale[tile : tile + 1]
+    return total
+
+
+def _rows(scale: Array, side: int, size: int) -> Array:
+    """Scales [tiles or 1, X] for each of `size` rows, or one row for all of them."""
+    return scale if scale.shape[0] == 1 else jnp.repeat(scale, side, axis=0, total_repeat_length=size)
+
+
+def tensor_core(
+    a: Float[Array, "M K"], b: Float[Array, "K N"], start: Float[Array, "M N"], reading: Reading
+) -> Float[Array, "M N"]:
+    """start + a b, as the tensor core adds. Operands have few enough bits that their products are exact in float32."""
+    pad = -a.shape[1] % GROUP  # zeros change neither the largest exponent nor a sum
+    a, b = jnp.pad(a, ((0, 0), (0, pad))), jnp.pad(b, ((0, pad), (0, 0)))
+    # One group after the other, each group's 32 outer products written out: XLA fuses them into two passes over [M, N].
+    groups = a.reshape(a.shape[0], -1, GROUP).transpose(1, 2, 0), b.reshape(-1, GROUP, b.shape[1])
+    return lax.scan(partial(_add_group, reading), start, groups)[0]
+
+
+def _add_group(reading: Reading, total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
+    products = [x[:, None] * y[None, :] for x, y in zip(*group, strict=True)]
+    largest = jnp.abs(total) if reading == "aligned" else jnp.zeros_like(total)
+    for p in products:
+        largest = jnp.maximum(largest, jnp.abs(p))
+    # The unit of the last of 14 bits below the largest exponent, and its inverse: powers of two.
+    exponent = lax.bitcast_convert_type(largest, jnp.uint32) >> 23
+    exponent = jnp.clip(exponent, KEPT_BITS, 254 - KEPT_BITS)
+    unit = lax.bitcast_convert_type(exponent - (KEPT_BITS - 1) << 23, jnp.float32)
+    inverse = lax.bitcast_convert_type(254 - exponent + (KEPT_BITS - 1) << 23, jnp.float32)
+    units = jnp.trunc(total * inverse) if reading == "aligned" else jnp.zeros_like(total)
+    for p in products:
+        units += jnp.trunc(p * inverse)
+    sum_ = units * unit
+    return (sum_ if reading == "aligned" else total + sum_), None

@@ -1,0 +1,256 @@
+"""The routed experts in FP8, forward and backward [§3.3]: the same function as `moe.experts`, its six products quantised.
+
+Rows are sorted by expert, each expert's beginning at a multiple of the block (the rows between are zeros), so that no tile along
+the rows, which Wgrad needs, holds rows of two experts. A token is rounded before it is copied to its rows: what is copied, or sent
+to another rank, is FP8. Between forward and backward pass are kept: the tokens, and SwiGLU's inputs, in FP8.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax import remat
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8.accumulate import product
+from dsv3_jax.fp8.linear import Products, keep, packed, rounded_weight
+from dsv3_jax.fp8.precision import products, swiglu_cache
+from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise
+from dsv3_jax.moe.dispatch import Plan, make_plan, sum_rows, take_rows
+from dsv3_jax.parallel.collectives import varying_like
+
+Weights = tuple[Any, Any, Any]  # gate and up [E, D, F], down [E, F, D]
+SHORTEST_BLOCK = 64
+IMPLEMENTATIONS = ("bucketed", "ragged_dot")
+
+
+class How(NamedTuple):
+    """The products of gate and up, those of down, how SwiGLU's inputs are kept (None: float32), and the implementation."""
+
+    up: Products
+    down: Products
+    cache: Quantiser | None
+    implementation: str  # bucketed | ragged_dot
+
+    @property
+    def block(self) -> int:
+        """Rows that a step of the walk handles: whole tiles."""
+        tiles = (self.up.x_wgrad.tile[0], self.up.gradient_wgrad.tile[0], self.up.gradient.tile[0])
+        side = math.lcm(*(tile for tile in tiles if tile)) if any(tiles) else SHORTEST_BLOCK
+        return side * -(-SHORTEST_BLOCK // side)
+
+
+class Rows(NamedTuple):
+    """Where the rows lie. X: aligned rows, R and at most `block` - 1 more an expert."""
+
+    source_X: Array  # the flat choice n * K + k of each row; R where there is none
+    row_NK: Array
+    count_E: Array  # aligned: multiples of the block
+    first_E: Array
+
+
+def _rows(plan: Plan, block: int) -> Rows:
+    n_rows, n_experts = plan.choice_R.shape[0], plan.count_E.shape[0]
+    size = -(-(n_rows + min(n_experts, n_rows) * (block - 1)) // block) * block
+    count_E = -(-plan.count_E // block) * block
+    first_E = jnp.cumsum(count_E, dtype=jnp.int32) - count_E
+    expert_R = jnp.searchsorted(plan.start_E + plan.count_E, jnp.arange(n_rows, dtype=jnp.int32), side="right")
+    shift_E = jnp.append(first_E - plan.start_E, size)  # rows of no expert fall off the end
+    place_R = jnp.minimum(jnp.arange(n_rows, dtype=jnp.int32) + shift_E[expert_R], size).astype(jnp.int32)
+    source_X = jnp.full(size, n_rows, jnp.int32).at[place_R].set(plan.choice_R, mode="drop")
+    return Rows(source_X, jnp.append(place_R, 0)[plan.row_NK], count_E, first_E)
+
+
+def fp8_routed_experts(
+    x_ND: Float[Array, "N D"],
+    indices_NK: Int[Array, "N K"],
+    gates_NK: Float[Array, "N K"],
+    experts: Mapping[str, Any],
+    *,
+    config: ModelConfig,
+    implementation: str = "auto",
+) -> Float[Array, "N D"]:
+    """As `moe.experts.routed_experts`, in the formats of `config.fp8`; the experts' gradients come in their own dtype.
+
+    Experts that are `Quantised` (of a released checkpoint) are multiplied as they are, and have no gradient.
+    Raises ValueError for an implementation that has no FP8.
+    """
+    if implementation == "auto":
+        implementation = "bucketed" if jax.default_backend() == "cpu" else "ragged_dot"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: FP8 has {' and '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    up, down = products(config, "experts.up_proj"), products(config, "experts.down_proj")
+    assert up is not None and down is not None, config.fp8
+    how = How(up, down, swiglu_cache(config), implementation)
+    weights = tuple(experts[name] for name in ("gate_proj", "up_proj", "down_proj"))
+    inputs = x_ND, gates_NK, weights
+    x_ND, gates_NK, weights = varying_like(inputs, inputs)
+    plan = varying_like(inputs, make_plan(indices_NK, weights[0].shape[0]))
+    return _experts(x_ND, gates_NK, weights, plan, how)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _experts(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan, how: How) -> Array:
+    return _forward(x_ND, gates_NK, weights, plan, how)[0]
+
+
+def _forward(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan, how: How) -> tuple[Array, Any]:
+    rows = _rows(plan, how.block)
+    grouped = partial(_grouped, rows=rows, how=how)
+    x = keep(x_ND, how.up.x)
+    gate, up, down = _rounded(weights, how)
+    x_XD = _of_tokens(x, rows)
+    g_XF, u_XF = (grouped(x_XD, weight, of=how.up) for weight in (gate, up))
+    a_XF = jax.nn.silu(g_XF) * u_XF * _gates(gates_NK, rows)
+    y_XD = grouped(quantise(a_XF, how.down.x), down, of=how.down)
+    kept = remat.name(tuple(keep(v, how.cache) if how.cache else v for v in (g_XF, u_XF)), remat.SWIGLU_INPUT)
+    y_ND = _sum(y_XD, rows, plan).astype(x_ND.dtype)
+    return y_ND, (x, gates_NK, weights, plan, kept)
+
+
+def _backward(how: How, saved: Any, dy_ND: Array) -> Any:
+    x, gates_NK, weights, plan, kept = saved
+    rows = _rows(plan, how.block)
+    grouped, outer = partial(_grouped, rows=rows, how=how), partial(_outer, rows=rows, how=how)
+    gate, up, down = (weight.T for weight in _rounded(weights, how))
+    gates_X1 = _gates(gates_NK, rows)
+
+    dy = quantise(dy_ND, how.down.gradient)
+    dy_XD = _of_tokens(packed(dy, how.down.gradient), rows)
+    h_XF, pull_back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, *(v.astype(jnp.float32) for v in kept))
+    da_XF = grouped(dy_XD, down, of=how.down)
+    dgates_X = jnp.sum(da_XF * h_XF, axis=1)
+    dg_XF, du_XF = pull_back(da_XF * gates_X1)
+    dx_XD = sum(grouped(quantise(d, how.up.gradient), weight, of=how.up) for d, weight in ((dg_XF, gate), (du_XF, up)))
+
+    x_wgrad = quantise(_of_tokens(x, rows).astype(jnp.float32), how.up.x_wgrad)
+    dgate, dup = (outer(x_wgrad, quantise(d, how.up.gradient_wgrad), of=how.up) for d in (dg_XF, du_XF))
+    a_wgrad = quantise(h_XF * gates_X1, how.down.x_wgrad)
+    ddown = outer(a_wgrad, quantise(dy_XD.astype(jnp.float32), how.down.gradient_wgrad), of=how.down)
+
+    dx_ND = _sum(dx_XD, rows, plan).astype(dy_ND.dtype)
+    dgates_NK = jnp.where(_is_row(rows, plan), dgates_X[jnp.minimum(rows.row_NK, dgates_X.shape[0] - 1)], 0)
+    dweights = tuple(d.astype(w.dtype) for d, w in zip((dgate, dup, ddown), weights, strict=True))
+    return dx_ND, dgates_NK, dweights, None
+
+
+_experts.defvjp(_forward, _backward)
+
+
+def _rounded(weights: Weights, how: How) -> tuple[Quantised, ...]:
+    return tuple(rounded_weight(w, of) for w, of in zip(weights, (how.up, how.up, how.down), strict=True))
+
+
+def _of_tokens(x: Quantised, rows: Rows) -> Quantised:
+    """Each row's copy of its token, in FP8; zeros where there is no row."""
+    n_choices = rows.row_NK.size
+    token_X = jnp.minimum(rows.source_X, n_choices - 1) // rows.row_NK.shape[1]
+    is_row = (rows.source_X < n_choices)[:, None]
+    values = jnp.where(is_row, take_rows(x.values, token_X), jnp.zeros((), x.values.dtype))
+    if x.tile[0] == 1 or x.scale.shape[0] > 1:
+        side = x.tile[0]
+        scale = take_rows(x.scale, token_X // side)
+        scale = jnp.where(is_row, scale, jnp.ones((), scale.dtype))
+        return replace(x, values=values, scale=scale, sides=values.shape, tile=(1, x.tile[1]))
+    return replace(x, values=values, sides=values.shape, tile=(0, x.tile[1]))
+
+
+def _gates(gates_NK: Array, rows: Rows) -> Array:
+    """The gate of each row, 0 where there is none: [X, 1]."""
+    return jnp.append(gates_NK.reshape(-1), 0)[rows.source_X][:, None]
+
+
+def _is_row(rows: Rows, plan: Plan) -> Array:
+    """Which choices have a row, [N, K]: all but those of no expert."""
+    return plan.row_NK < plan.start_E[-1] + plan.count_E[-1]
+
+
+def _sum(rows_XD: Array, rows: Rows, plan: Plan) -> Array:
+    """Each token's rows, summed in float32."""
+    row_NK = jnp.where(_is_row(rows, plan), rows.row_NK, rows_XD.shape[0])
+    return sum_rows(jnp.pad(rows_XD, ((0, 1), (0, 0))), row_NK)
+
+
+def _grouped(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) -> Array:
+    """[X, I] times each row's own expert's of [E, I, O], float32."""
+    accumulation = of.accumulation
+    if accumulation.fidelity == "float32":
+        wide = a.astype(jnp.float32), b.astype(jnp.float32)
+        if how.implementation == "ragged_dot":
+            return lax.ragged_dot(*wide, rows.count_E, precision="highest", preferred_element_type=jnp.float32)
+        a, b = (_plain(v) for v in wide)
+
+    def one_block(y_XO: Array, expert: Array, at: Array) -> Array:
+        block = product(_block(a, at, how.block), _matrix(b, expert), accumulation)
+        return lax.dynamic_update_slice_in_dim(y_XO, block, at, axis=0)
+
+    zeros = jnp.zeros((a.values.shape[0], b.values.shape[-1]), jnp.float32)
+    return _walk(rows, how.block, one_block, varying_like((a.values, b.values, rows.source_X), zeros))
+
+
+def _outer(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) -> Array:
+    """For each expert, the sum over its rows of [X, I]^T [X, O]: [E, I, O], float32."""
+    accumulation, n_experts = of.accumulation, rows.count_E.shape[0]
+    if accumulation.fidelity == "float32":
+        wide = a.astype(jnp.float32), b.astype(jnp.float32)
+        if how.implementation == "ragged_dot":
+            return _ragged_outer(*wide, rows.count_E)
+        a, b = (_plain(v) for v in wide)
+
+    def one_block(dw_EIO: Array, expert: Array, at: Array) -> Array:
+        sum_IO = lax.dynamic_index_in_dim(dw_EIO, expert, keepdims=False)
+        pair = _block(a, at, how.block).T, _block(b, at, how.block)
+        if accumulation.carries:
+            sum_IO = product(*pair, accumulation, start=sum_IO)
+        else:
+            sum_IO = sum_IO + product(*pair, accumulation)
+        return lax.dynamic_update_index_in_dim(dw_EIO, sum_IO, expert, axis=0)
+
+    zeros = jnp.zeros((n_experts, a.values.shape[-1], b.values.shape[-1]), jnp.float32)
+    return _walk(rows, how.block, one_block, varying_like((a.values, b.values, rows.source_X), zeros))
+
+
+def _ragged_outer(a_XI: Array, b_XO: Array, count_E: Array) -> Array:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    return lax.ragged_dot_general(
+        a_XI, b_XO, count_E, ragged_dot_dimension_numbers=numbers, precision="highest", preferred_element_type=jnp.float32
+    )
+
+
+def _walk(rows: Rows, block: int, body: Callable[[Any, Array, Array], Any], carry: Any) -> Any:
+    """`carry = body(carry, expert, first row)` for every block of every expert, in order."""
+    end_E = jnp.cumsum(rows.count_E, dtype=jnp.int32)
+
+    def step(i: Array, carry: Any) -> Any:
+        at = i * block
+        return body(carry, jnp.searchsorted(end_E, at, side="right").astype(jnp.int32), at)
+
+    return lax.fori_loop(jnp.int32(0), end_E[-1] // block, step, carry)
+
+
+def _plain(numbers: Array) -> Quantised:
+    """Numbers as a matrix with a scale of 1."""
+    one = varying_like(numbers, jnp.ones((*numbers.shape[:-2], 1, 1), jnp.float32))
+    return Quantised(numbers, one, numbers.shape[-2:], (0, 0))
+
+
+def _block(matrix: Quantised, at: Array, block: int) -> Quantised:
+    """Rows at ... at + block."""
+    values = lax.dynamic_slice_in_dim(matrix.values, at, block, axis=0)
+    scale, side = matrix.scale, matrix.tile[0]
+    if side:
+        scale = lax.dynamic_slice_in_dim(scale, at // side, block // side, axis=0)
+    return replace(matrix, values=values, scale=scale, sides=values.shape)
+
+
+def _matrix(stack: Quantised, expert: Array) -> Quantised:
+    values, scale = (lax.dynamic_index_in_dim(a, expert, keepdims=False) for a in (stack.values, stack.scale))
+    return replace(stack, values=values, scale=scale)
