@@ -1,8 +1,8 @@
 """The routed experts in FP8, forward and backward [§3.3]: the same function as `moe.experts`, its six products quantised.
 
-Rows are sorted by expert, each expert's beginning at a multiple of the block (the rows between are zeros), so that no tile
-along the rows, which Wgrad needs, holds rows of two experts. A token is rounded before it is copied to its rows: what is copied,
-or sent to another rank, is FP8. Between forward and backward pass are kept: the tokens, and SwiGLU's inputs, in FP8.
+Rows are sorted by expert, each one's beginning at a multiple of the block (the rows between are zeros), so that no tile along
+the rows, which Wgrad needs, holds rows of two experts. A token is rounded before it is copied to its rows: what is copied, or
+sent to another rank, is FP8. Between forward and backward pass are kept: the tokens, and SwiGLU's inputs, in FP8.
 """
 
 import math
