@@ -233,6 +233,7 @@ class TrainConfig:
     steps: int | None = None  # the run's length: so many optimiser steps ...
     train_tokens: float | None = 14.8e12  # ... or so many tokens, when steps is null
     seed: int = 0
+    init_ulps: int = 0  # initial parameters moved by so many units in the last place: a control, what chaos alone does
     schedule_tokens: float = 14.8e12
 
     batch_size: int = 15360  # sequences per optimiser step
@@ -296,7 +297,7 @@ class TrainConfig:
         for name in ("adam_b1", "adam_b2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup_steps", "bias_update_speed", "mtp_loss_weight", "mtp_loss_weight_late",
-                     "learning_rate_min", "learning_rate_final", "eval_every", "batch_ramp_tokens"):  # fmt: skip
+                     "learning_rate_min", "learning_rate_final", "eval_every", "batch_ramp_tokens", "init_ulps"):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: expected 0 or more, got {getattr(self, name)}")
         alpha = self.aux_loss_alpha
         require(alpha is None or alpha >= 0, f"aux_loss_alpha: expected null or 0 or more, got {alpha}")

@@ -57,26 +57,35 @@ def product(a: Quantised, b: Quantised, how: Accumulation, start: Float[Array, "
             a.astype(jnp.float32), b.astype(jnp.float32), precision="highest", preferred_element_type=jnp.float32
         )
         return total if start is None else start + total
-    (m, k), n = a.values.shape[-2:], b.values.shape[-1]
-    zeros = jnp.zeros((m, n), jnp.float32)
-    total = zeros if start is None else start
-    if how.fidelity == "tensor_core":
-        return tensor_core(a.astype(jnp.float32), b.astype(jnp.float32), total, how.reading)
-    side = a.tile[1] or k
-    if side != (b.tile[0] or k):
-        raise ValueError(f"tiles along K: expected the same of both operands, got {a.tile[1]} and {b.tile[0]}")
-    if side % how.interval and side < k:  # several scales between two promotions: on the numbers themselves
-        scaled = a.astype(jnp.float32), b.astype(jnp.float32)
-        for i in range(0, k, how.interval):
-            total += tensor_core(scaled[0][:, i : i + how.interval], scaled[1][i : i + how.interval], zeros, how.reading)
-        return total
     a, b = a.wide(), b.wide()
+    (m, k), n = a.values.shape, b.values.shape[1]
+    if (a.tile[1] or k) != (b.tile[0] or k):
+        raise ValueError(f"tiles along K: expected the same of both operands, got {a.tile[1]} and {b.tile[0]}")
+    zeros = jnp.zeros((m, n), jnp.float32)
     a_scale, b_scale = _rows(a.scale, a.tile[0], m), _rows(b.scale.T, b.tile[1], n).T
-    for i in range(0, k, how.interval):
-        part = tensor_core(a.values[:, i : i + how.interval], b.values[i : i + how.interval], zeros, how.reading)
-        tile = i // side
-        total += part * a_scale[:, tile : tile + 1] * b_scale[tile : tile + 1]
-    return total
+    n_tiles, side = a_scale.shape[1], min(a.tile[1] or k, k)
+    if how.carries:
+        if n_tiles == 1 and start is None:  # the core sees values, and one scale follows
+            return tensor_core(a.values, b.values, zeros, how.reading) * a_scale * b_scale
+        # There is no such core: a scale for each tile would need a register for each. It adds up the numbers themselves.
+        return tensor_core(a.astype(jnp.float32), b.astype(jnp.float32), zeros if start is None else start, how.reading)
+    interval = min(how.interval, -(-k // GROUP) * GROUP)
+    x, y = a.values, b.values
+    if side % interval and n_tiles > 1:  # several scales between two promotions: again the numbers themselves
+        x, y = a.astype(jnp.float32), b.astype(jnp.float32)
+        a_scale, b_scale = jnp.ones((1, 1), jnp.float32), jnp.ones((1, 1), jnp.float32)
+    x, y = jnp.pad(x, ((0, 0), (0, -k % interval))), jnp.pad(y, ((0, -k % interval), (0, 0)))
+    tile = jnp.minimum(jnp.arange(0, x.shape[1], interval, dtype=jnp.int32) // side, a_scale.shape[1] - 1)
+    intervals = (
+        x.reshape(m, -1, interval).transpose(1, 0, 2), y.reshape(-1, interval, n),
+        a_scale.T[tile][:, :, None], b_scale[tile][:, None, :],
+    )  # fmt: skip
+
+    def promote(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+        x, y, x_scale, y_scale = part
+        return total + tensor_core(x, y, zeros, how.reading) * x_scale * y_scale, None
+
+    return lax.scan(promote, zeros if start is None else start, intervals)[0]
 
 
 def _rows(scale: Array, side: int, size: int) -> Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax.fp8.accumulate import Accumulation, product
+from dsv3_jax.fp8.delayed import NOT_DELAYED, Amax, largest, magnitude, observed, parted
 from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise, with_scale_bits
 
 
@@ -38,53 +39,57 @@ def packed(matrix: Quantised, how: Quantiser) -> Quantised:
     return (with_scale_bits(matrix) if how.power_of_two else matrix).packed()
 
 
-def rounded_weight(weight: Any, how: Products) -> Quantised:
+def rounded_weight(weight: Any, how: Products, before: Amax = NOT_DELAYED) -> Quantised:
     """Blocks of a matrix [in, out] or of a stack; one that was stored in FP8 is taken as it is."""
-    return weight.wide() if isinstance(weight, Quantised) else quantise(weight, how.weight)
+    return weight.wide() if isinstance(weight, Quantised) else quantise(weight, how.weight, before.weight)
 
 
-def fprop(x: Quantised, weight: Any, how: Products) -> Float[Array, "N O"]:
-    return product(x, rounded_weight(weight, how), how.accumulation)
+def fprop(x: Quantised, weight: Any, how: Products, before: Amax = NOT_DELAYED) -> Float[Array, "N O"]:
+    return product(x, rounded_weight(weight, how, before), how.accumulation)
 
 
-def dgrad(dy: Float[Array, "N O"], weight: Any, how: Products) -> Float[Array, "N I"]:
-    return product(quantise(dy, how.gradient), rounded_weight(weight, how).T, how.accumulation)
+def dgrad(dy: Float[Array, "N O"], weight: Any, how: Products, before: Amax = NOT_DELAYED) -> Float[Array, "N I"]:
+    return product(quantise(dy, how.gradient, before.gradient), rounded_weight(weight, how, before).T, how.accumulation)
 
 
-def wgrad(x: Float[Array, "N I"], dy: Float[Array, "N O"], how: Products) -> Float[Array, "I O"]:
-    return product(quantise(x, how.x_wgrad).T, quantise(dy, how.gradient_wgrad), how.accumulation)
+def wgrad(x: Float[Array, "N I"], dy: Float[Array, "N O"], how: Products, before: Amax = NOT_DELAYED) -> Float[Array, "I O"]:
+    operands = quantise(x, how.x_wgrad, before.x).T, quantise(dy, how.gradient_wgrad, before.gradient)
+    return product(*operands, how.accumulation)
 
 
 def linear(x: Float[Array, "*batch I"], weight: Any, how: Products, kept: Quantised | None = None) -> Float[Array, "*batch O"]:
     """x W, in x's dtype; the gradient of `weight` [in, out] comes in its own dtype, unrounded.
 
     `kept`: what stands for x in the backward pass, [N, in] packed; without it, x as Fprop rounds it. A `weight` that is
-    Quantised (of a released checkpoint) is multiplied as it is, and has no gradient.
+    Quantised (of a released checkpoint) is multiplied as it is, and has no gradient; one that is Delayed brings its history.
     """
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
         y = fprop(quantise(flat, how.x), weight, how).astype(x.dtype)
     else:
-        y = _linear(flat, weight, kept, how)
+        y = _linear(flat, *parted(weight), kept, how)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(x_NI: Array, weight_IO: Array, kept: Quantised | None, how: Products) -> Array:
-    return fprop(quantise(x_NI, how.x), weight_IO, how).astype(x_NI.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _linear(x_NI: Array, weight_IO: Array, history: Array | None, kept: Quantised | None, how: Products) -> Array:
+    return _forward(x_NI, weight_IO, history, kept, how)[0]
 
 
-def _forward(x_NI: Array, weight_IO: Array, kept: Quantised | None, how: Products) -> tuple[Array, Any]:
-    x = quantise(x_NI, how.x)
-    y = fprop(x, weight_IO, how).astype(x_NI.dtype)
-    return y, (packed(x, how.x) if kept is None else kept, weight_IO, jnp.zeros((0,), x_NI.dtype))
+def _forward(x_NI: Array, weight_IO: Array, history: Array | None, kept: Quantised | None, how: Products) -> tuple[Array, Any]:
+    before = largest(history)
+    x = quantise(x_NI, how.x, before.x)
+    y = fprop(x, weight_IO, how, before).astype(x_NI.dtype)
+    amax_x = None if history is None else magnitude(x_NI)
+    return y, (packed(x, how.x) if kept is None else kept, weight_IO, history, amax_x, jnp.zeros((0,), x_NI.dtype))
 
 
-def _backward(how: Products, saved: Any, dy_NO: Array) -> tuple[Array, Array, Any]:
-    x, weight_IO, like_x = saved
-    dx = dgrad(dy_NO, weight_IO, how).astype(like_x.dtype)
-    dw = wgrad(x.astype(jnp.float32), dy_NO, how).astype(weight_IO.dtype)
-    return dx, dw, None
+def _backward(how: Products, saved: Any, dy_NO: Array) -> tuple[Array, Array, Any, None]:
+    x, weight_IO, history, amax_x, like_x = saved
+    before = largest(history)
+    dx = dgrad(dy_NO, weight_IO, how, before).astype(like_x.dtype)
+    dw = wgrad(x.astype(jnp.float32), dy_NO, how, before).astype(weight_IO.dtype)
+    return dx, dw, observed(history, amax_x, weight_IO, dy_NO), None
 
 
 _linear.defvjp(_forward, _backward)

@@ -4,8 +4,9 @@ FP32, BF16 and FP8 runs differ in this table alone. `table(config)` is for readi
 `products(config, operation)` is what the code asks for.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsv3_jax.config import Config, Fp8Recipe, ModelConfig
 from dsv3_jax.fp8.accumulate import Accumulation
@@ -17,15 +18,20 @@ ATTENTION = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj"
 MLP = ("gate_proj", "up_proj", "down_proj")  # of dense layers and of shared experts
 EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 LINEAR = ATTENTION + MLP + EXPERTS  # what the report runs in FP8
-HIGH = ("embed_tokens", "lm_head", "eh_proj")  # matrices that it does not, besides the router's
 
 
 def products(config: ModelConfig, operation: str) -> Products | None:
     """How a linear operation runs in FP8; None: in the compute dtype (the router: in float32)."""
     recipe = config.fp8
-    if recipe is None or operation in HIGH or (operation == "gate" and not recipe.router):
+    if recipe is None or not (operation in LINEAR or (operation == "gate" and recipe.router)):
         return None
     return _products(recipe, operation)
+
+
+def is_linear(path: Sequence[Any], config: ModelConfig) -> bool:
+    """Whether the parameter at a tree's path is the weight of an operation that runs in FP8."""
+    names = [str(getattr(key, "key", key)) for key in path]
+    return products(config, ".".join(names[-2:] if "experts" in names else names[-1:])) is not None
 
 
 @cache

@@ -99,10 +99,14 @@ def _columns(matrix: Quantised) -> int:
     return matrix.values.shape[-1] if matrix.form.bits == 8 else matrix.sides[-1]
 
 
-def quantise(x: Float[Array, "*stack M K"], how: Quantiser) -> Quantised:
-    """Rounded, with values and scales in float32."""
+def quantise(x: Float[Array, "*stack M K"], how: Quantiser, before: Float[Array, ""] | None = None) -> Quantised:
+    """Rounded, with values and scales in float32.
+
+    `before`: delayed scaling takes this magnitude, of earlier steps, for every tile's own, unless it is 0: none is known yet.
+    """
     x = x.astype(jnp.float32)
-    scale = scale_of(_amax(x, how.tile), how)
+    amax = _amax(x, how.tile)
+    scale = scale_of(amax if before is None else jnp.where(before > 0, before, amax), how)
     values = rounded(x / _spread(scale, how.tile, x.shape[-2:]), how.form)
     return Quantised(values, scale, x.shape[-2:], how.tile, how.form)
 

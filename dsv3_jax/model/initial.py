@@ -22,16 +22,19 @@ BLOCK = 2**21  # elements
 Index = tuple[slice, ...]
 
 
-def initial_values(specs: SpecTree, initializer_range: float, seed: int) -> Any:
-    """A tree like `specs` of functions `draw(index)`, which give a piece of the parameter, float32."""
-    return map_specs(lambda name, spec: functools.partial(_piece, name, spec, initializer_range, seed), specs)
+def initial_values(specs: SpecTree, initializer_range: float, seed: int, ulps: int = 0) -> Any:
+    """A tree like `specs` of functions `draw(index)`, which give a piece of the parameter, float32.
+
+    `ulps`: every number is the so many-th above the one drawn: what a run then does differently is chaos, and no more.
+    """
+    return map_specs(lambda name, spec: functools.partial(_piece, name, spec, initializer_range, seed, ulps), specs)
 
 
 def whole(shape: Sequence[int]) -> Index:
     return tuple(slice(0, size) for size in shape)
 
 
-def _piece(name: str, spec: Spec, initializer_range: float, seed: int, index: Index) -> Float[np.ndarray, "..."]:
+def _piece(name: str, spec: Spec, initializer_range: float, seed: int, ulps: int, index: Index) -> Float[np.ndarray, "..."]:
     bounds = [part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)]
     values = np.ones([stop - start for start, stop in bounds], np.float32)
     if spec.init != "ones":
@@ -44,6 +47,8 @@ def _piece(name: str, spec: Spec, initializer_range: float, seed: int, index: In
                 flat[filled : filled + len(part)] = part
                 start, filled = start + len(part), filled + len(part)
         values *= initializer_range
+    for _ in range(ulps):
+        values = np.nextafter(values, np.float32(np.inf))
     return values
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8 import linear as fp8
+from dsv3_jax.fp8.delayed import largest, magnitude, observed, parted
 from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise
 from dsv3_jax.model.spec import Spec, SpecTree
@@ -71,7 +72,7 @@ def swiglu(params: Mapping[str, Any], x: Float[Array, "*batch D"], config: Model
     how = products(config, "down_proj")
     assert how is not None, config.fp8
     g, u = (linear(params, name, x, config).reshape(-1, params[name].shape[-1]) for name in ("gate_proj", "up_proj"))
-    y = _gated_down(*varying_like((g, params), (g, u, params["down_proj"])), how, cache)
+    y = _gated_down(*varying_like((g, params), (g, u, *parted(params["down_proj"]))), how, cache)
     return y.reshape(x.shape)
 
 
@@ -79,23 +80,28 @@ def silu_times(g: Float[Array, "*batch F"], u: Float[Array, "*batch F"]) -> Floa
     return jax.nn.silu(g) * u
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _gated_down(g_NF: Array, u_NF: Array, weight_FD: Array, how: fp8.Products, cache: Quantiser) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _gated_down(g_NF: Array, u_NF: Array, weight_FD: Any, history: Array | None, how: fp8.Products, cache: Quantiser) -> Array:
     """SwiGLU and its down projection, with the inputs alone kept, in FP8, and the product of both computed again [§3.2.3]."""
+    before = largest(history)
     h = silu_times(g_NF.astype(jnp.float32), u_NF.astype(jnp.float32))
-    return fp8.fprop(quantise(h, how.x), weight_FD, how).astype(g_NF.dtype)
+    return fp8.fprop(quantise(h, how.x, before.x), weight_FD, how, before).astype(g_NF.dtype)
 
 
-def _gated_down_forward(g_NF: Array, u_NF: Array, weight_FD: Array, how: fp8.Products, cache: Quantiser) -> tuple[Array, Any]:
+def _gated_down_forward(
+    g_NF: Array, u_NF: Array, weight_FD: Any, history: Array | None, how: fp8.Products, cache: Quantiser
+) -> tuple[Array, Any]:
     kept = remat.name(tuple(fp8.keep(v, cache) for v in (g_NF, u_NF)), remat.SWIGLU_INPUT)
-    return _gated_down(g_NF, u_NF, weight_FD, how, cache), (kept, weight_FD)
+    return _gated_down(g_NF, u_NF, weight_FD, history, how, cache), (kept, weight_FD, history)
 
 
-def _gated_down_backward(how: fp8.Products, cache: Quantiser, saved: Any, dy_ND: Array) -> tuple[Array, Array, Array]:
-    kept, weight_FD = saved
+def _gated_down_backward(how: fp8.Products, cache: Quantiser, saved: Any, dy_ND: Array) -> tuple[Array, Array, Array, Any]:
+    kept, weight_FD, history = saved
+    before = largest(history)
     h, pull_back = jax.vjp(silu_times, *(v.astype(jnp.float32) for v in kept))
-    dg, du = pull_back(fp8.dgrad(dy_ND, weight_FD, how))
-    return dg.astype(dy_ND.dtype), du.astype(dy_ND.dtype), fp8.wgrad(h, dy_ND, how).astype(weight_FD.dtype)
+    dg, du = (d.astype(dy_ND.dtype) for d in pull_back(fp8.dgrad(dy_ND, weight_FD, how, before)))
+    dweight = fp8.wgrad(h, dy_ND, how, before).astype(weight_FD.dtype)
+    return dg, du, dweight, observed(history, magnitude(h), weight_FD, dy_ND)
 
 
 _gated_down.defvjp(_gated_down_forward, _gated_down_backward)

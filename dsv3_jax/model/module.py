@@ -88,10 +88,10 @@ def abstract_variables(config: ModelConfig) -> Variables:
     return Variables(variables["params"], variables["balance"]["bias"])
 
 
-def init_variables(config: ModelConfig, seed: int = 0) -> Variables:
+def init_variables(config: ModelConfig, seed: int = 0, ulps: int = 0) -> Variables:
     """Fresh parameters (`model.initial`), and a zero router bias."""
     specs = model_spec(config)
-    draws = initial_values(specs, config.initializer_range, seed)
+    draws = initial_values(specs, config.initializer_range, seed, ulps)
     params = jax.tree.map(lambda draw, spec: jnp.asarray(draw(whole(spec.shape)), config.param_dtype), draws, specs)
     return Variables(params, initial_bias(config))
 

@@ -19,13 +19,15 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.accumulate import product
+from dsv3_jax.fp8.delayed import Amax, largest, magnitude, observed, parted
 from dsv3_jax.fp8.linear import Products, keep, packed, rounded_weight
 from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise
 from dsv3_jax.moe.dispatch import Plan, make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import varying_like
 
-Weights = tuple[Any, Any, Any]  # gate and up [E, D, F], down [E, F, D]
+Weights = tuple[Any, ...]  # gate and up [E, D, F], down [E, F, D]
+Histories = tuple[Any, ...]  # of delayed scaling, for each of the three; or None
 SHORTEST_BLOCK = 64
 IMPLEMENTATIONS = ("bucketed", "ragged_dot")
 
@@ -88,63 +90,70 @@ def fp8_routed_experts(
     up, down = products(config, "experts.up_proj"), products(config, "experts.down_proj")
     assert up is not None and down is not None, config.fp8
     how = How(up, down, swiglu_cache(config), implementation)
-    weights = tuple(experts[name] for name in ("gate_proj", "up_proj", "down_proj"))
-    inputs = x_ND, gates_NK, weights
-    x_ND, gates_NK, weights = varying_like(inputs, inputs)
-    plan = varying_like(inputs, make_plan(indices_NK, weights[0].shape[0]))
-    return _experts(x_ND, gates_NK, weights, plan, how)
+    weights, histories = zip(*(parted(experts[name]) for name in ("gate_proj", "up_proj", "down_proj")), strict=True)
+    inputs = x_ND, gates_NK, weights, histories
+    plan = make_plan(indices_NK, weights[0].shape[0])
+    return _experts(*varying_like(inputs, (*inputs, plan)), how)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan, how: How) -> Array:
-    return _forward(x_ND, gates_NK, weights, plan, how)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _experts(x_ND: Array, gates_NK: Array, weights: Weights, histories: Histories, plan: Plan, how: How) -> Array:
+    return _forward(x_ND, gates_NK, weights, histories, plan, how)[0]
 
 
-def _forward(x_ND: Array, gates_NK: Array, weights: Weights, plan: Plan, how: How) -> tuple[Array, Any]:
+def _forward(x_ND: Array, gates_NK: Array, weights: Weights, histories: Histories, plan: Plan, how: How) -> tuple[Array, Any]:
+    before = tuple(map(largest, histories))
     rows = _rows(plan, how.block)
     grouped = partial(_grouped, rows=rows, how=how)
-    x = keep(x_ND, how.up.x)
-    gate, up, down = _rounded(weights, how)
+    x = packed(quantise(x_ND, how.up.x, before[0].x), how.up.x)
+    gate, up, down = _rounded(weights, before, how)
     x_XD = _of_tokens(x, rows)
     g_XF, u_XF = (grouped(x_XD, weight, of=how.up) for weight in (gate, up))
     a_XF = jax.nn.silu(g_XF) * u_XF * _gates(gates_NK, rows)
-    y_XD = grouped(quantise(a_XF, how.down.x), down, of=how.down)
+    y_XD = grouped(quantise(a_XF, how.down.x, before[2].x), down, of=how.down)
     kept = remat.name(tuple(keep(v, how.cache) if how.cache else v for v in (g_XF, u_XF)), remat.SWIGLU_INPUT)
     y_ND = _sum(y_XD, rows, plan).astype(x_ND.dtype)
-    return y_ND, (x, gates_NK, weights, plan, kept)
+    amax_x = None if histories[0] is None else magnitude(x_ND)
+    return y_ND, (x, gates_NK, weights, histories, amax_x, plan, kept)
 
 
 def _backward(how: How, saved: Any, dy_ND: Array) -> Any:
-    x, gates_NK, weights, plan, kept = saved
+    x, gates_NK, weights, histories, amax_x, plan, kept = saved
+    before = tuple(map(largest, histories))
     rows = _rows(plan, how.block)
     grouped, outer = partial(_grouped, rows=rows, how=how), partial(_outer, rows=rows, how=how)
-    gate, up, down = (weight.T for weight in _rounded(weights, how))
+    gate, up, down = (weight.T for weight in _rounded(weights, before, how))
     gates_X1 = _gates(gates_NK, rows)
 
-    dy = quantise(dy_ND, how.down.gradient)
+    dy = quantise(dy_ND, how.down.gradient, before[2].gradient)
     dy_XD = _of_tokens(packed(dy, how.down.gradient), rows)
     h_XF, pull_back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, *(v.astype(jnp.float32) for v in kept))
     da_XF = grouped(dy_XD, down, of=how.down)
     dgates_X = jnp.sum(da_XF * h_XF, axis=1)
     dg_XF, du_XF = pull_back(da_XF * gates_X1)
-    dx_XD = sum(grouped(quantise(d, how.up.gradient), weight, of=how.up) for d, weight in ((dg_XF, gate), (du_XF, up)))
+    dg, du = (quantise(d, how.up.gradient, b.gradient) for d, b in zip((dg_XF, du_XF), before[:2], strict=True))
+    dx_XD = grouped(dg, gate, of=how.up) + grouped(du, up, of=how.up)
 
-    x_wgrad = quantise(_of_tokens(x, rows).astype(jnp.float32), how.up.x_wgrad)
-    dgate, dup = (outer(x_wgrad, quantise(d, how.up.gradient_wgrad), of=how.up) for d in (dg_XF, du_XF))
-    a_wgrad = quantise(h_XF * gates_X1, how.down.x_wgrad)
-    ddown = outer(a_wgrad, quantise(dy_XD.astype(jnp.float32), how.down.gradient_wgrad), of=how.down)
+    x_wgrad = quantise(_of_tokens(x, rows).astype(jnp.float32), how.up.x_wgrad, before[0].x)
+    dg, du = (quantise(d, how.up.gradient_wgrad, b.gradient) for d, b in zip((dg_XF, du_XF), before[:2], strict=True))
+    dgate, dup = (outer(x_wgrad, d, of=how.up) for d in (dg, du))
+    a_XF = h_XF * gates_X1
+    dy_wgrad = quantise(dy_XD.astype(jnp.float32), how.down.gradient_wgrad, before[2].gradient)
+    ddown = outer(quantise(a_XF, how.down.x_wgrad, before[2].x), dy_wgrad, of=how.down)
 
     dx_ND = _sum(dx_XD, rows, plan).astype(dy_ND.dtype)
     dgates_NK = jnp.where(_is_row(rows, plan), dgates_X[jnp.minimum(rows.row_NK, dgates_X.shape[0] - 1)], 0)
     dweights = tuple(d.astype(w.dtype) for d, w in zip((dgate, dup, ddown), weights, strict=True))
-    return dx_ND, dgates_NK, dweights, None
+    operands = (amax_x, dg_XF), (amax_x, du_XF), (magnitude(a_XF), dy_ND)
+    now = tuple(observed(h, x, w, dy) for h, w, (x, dy) in zip(histories, weights, operands, strict=True))
+    return dx_ND, dgates_NK, dweights, now, None
 
 
 _experts.defvjp(_forward, _backward)
 
 
-def _rounded(weights: Weights, how: How) -> tuple[Quantised, ...]:
-    return tuple(rounded_weight(w, of) for w, of in zip(weights, (how.up, how.up, how.down), strict=True))
+def _rounded(weights: Weights, before: tuple[Amax, ...], how: How) -> tuple[Quantised, ...]:
+    return tuple(rounded_weight(*one) for one in zip(weights, (how.up, how.up, how.down), before, strict=True))
 
 
 def _of_tokens(x: Quantised, rows: Rows) -> Quantised:
@@ -202,6 +211,10 @@ def _outer(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) ->
         if how.implementation == "ragged_dot":
             return _ragged_outer(*wide, rows.count_E)
         a, b = (_plain(v) for v in wide)
+    factor = jnp.ones((1, 1, 1), jnp.float32)
+    if accumulation.carries and a.scale.size == b.scale.size == 1:  # one scale each: it follows when all is added up
+        factor = (a.scale * b.scale)[None]
+        a, b = (_plain(matrix.wide().values) for matrix in (a, b))
 
     def one_block(dw_EIO: Array, expert: Array, at: Array) -> Array:
         sum_IO = lax.dynamic_index_in_dim(dw_EIO, expert, keepdims=False)
@@ -213,7 +226,7 @@ def _outer(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) ->
         return lax.dynamic_update_index_in_dim(dw_EIO, sum_IO, expert, axis=0)
 
     zeros = jnp.zeros((n_experts, a.values.shape[-1], b.values.shape[-1]), jnp.float32)
-    return _walk(rows, how.block, one_block, varying_like((a.values, b.values, rows.source_X), zeros))
+    return factor * _walk(rows, how.block, one_block, varying_like((a.values, b.values, rows.source_X), zeros))
 
 
 def _ragged_outer(a_XI: Array, b_XO: Array, count_E: Array) -> Array:

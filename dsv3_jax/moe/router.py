@@ -68,7 +68,8 @@ def route(
     if how is None:
         logits = jnp.matmul(x, weight_DE, precision="highest", preferred_element_type=jnp.float32)
     else:  # not the report's: to see what it does
-        logits = fp8.linear(*varying_like((x, weight_DE), (x, weight_DE)), how)
+        x, weight_DE = varying_like((x, weight_DE), (x, weight_DE))
+        logits = fp8.linear(x, weight_DE, how)
     logits = remat.name(logits, remat.ROUTER)
     scores = resolve("scoring_func", config.scoring_func, SCORE_FUNCTIONS)(logits)
     _require_like(logits, scores, "scoring_func", config.scoring_func)

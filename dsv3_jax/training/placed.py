@@ -93,7 +93,8 @@ def first_state(config: Config, placement: Placement | None) -> TrainState:
         # committed to the device as restored arrays are: a fresh and a resumed run compile the same program
         return jax.device_put(init_state(config), jax.local_devices()[0])
     like = abstract_placed(config, placement)
-    draws = initial_values(model_spec(config.model), config.model.initializer_range, config.train.seed)
+    spread, train = config.model.initializer_range, config.train
+    draws = initial_values(model_spec(config.model), spread, train.seed, train.init_ulps)
     param_dtype = jnp.dtype(config.model.param_dtype)
 
     def drawn(draw: Any, leaf: Any) -> Array:

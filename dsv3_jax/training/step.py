@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
+from dsv3_jax.fp8.delayed import advanced, apart, beside, first_history
+from dsv3_jax.fp8.precision import is_linear
 from dsv3_jax.model.module import Variables, abstract_variables, init_variables, model_spec
 from dsv3_jax.moe.balance import Controller, controller_of, count_load, max_violation
 from dsv3_jax.moe.router import Routing, check_router
@@ -45,6 +47,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # steps taken, skipped ones included
     skipped_in_row: Int[Array, ""]
     skipped_total: Int[Array, ""]
+    amax: Any = None  # magnitudes of earlier steps, for delayed FP8 scaling alone
 
 
 class Hyper(NamedTuple):
@@ -56,7 +59,7 @@ class Hyper(NamedTuple):
 
 
 def init_state(config: Config) -> TrainState:
-    return _first_state(init_variables(config.model, config.train.seed), config)
+    return _first_state(init_variables(config.model, config.train.seed, config.train.init_ulps), config)
 
 
 def abstract_state(config: Config) -> TrainState:
@@ -67,7 +70,10 @@ def abstract_state(config: Config) -> TrainState:
 def _first_state(variables: Variables, config: Config) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     opt_state = init_optimizer(config.train, variables.params)
-    return TrainState(variables.params, opt_state, variables.bias_LE, zero, zero.copy(), zero.copy())
+    amax = None
+    if config.model.fp8 and config.model.fp8.scaling == "delayed":
+        amax = first_history(variables.params, config.model.fp8.amax_history, partial(is_linear, config=config.model))
+    return TrainState(variables.params, opt_state, variables.bias_LE, zero, zero.copy(), zero.copy(), amax)
 
 
 def make_train_step(
@@ -91,8 +97,10 @@ def make_train_step(
 def state_shardings(config: Config, placement: Placement) -> Any:
     """A TrainState of NamedSharding: parameters as the layout stores them, moments and masters in pieces (ZeRO-1).
 
-    Raises ValueError, naming the parameter and the axis, where a mesh axis does not divide.
+    Raises ValueError, naming the parameter and the axis, where a mesh axis does not divide, and for delayed FP8 scaling.
     """
+    if config.model.fp8 and config.model.fp8.scaling == "delayed":
+        raise ValueError("fp8: delayed scaling runs on one device, got a mesh; take scaling fine or tensor, or layout=single")
     spec, replicated = model_spec(config.model), placement.sharding(PartitionSpec())
     params, pieces = (
         jax.tree.map(placement.sharding, specs) for specs in (placement.stored_specs(spec), state_specs(spec, placement.sizes))
@@ -114,6 +122,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One step; with a non-finite loss or gradient, nothing but the counters changes."""
     grads, terms = gradients(state, batch, hyper, config, controller, n_domains, placement)
+    grads, amax_now = apart(grads)
     if placement is not None:  # the optimiser works on the pieces in which gradients and moments lie
         pieces = state_shardings(config, placement).opt_state.mu
         state = state._replace(params=jax.lax.with_sharding_constraint(state.params, pieces))
@@ -122,12 +131,13 @@ def train_step(
 
     params, opt_state = apply_optimizer(config.train, grads, state.opt_state, state.params, hyper.learning_rate, grad_norm)
     bias = move_bias(state.bias, terms.load_LE, hyper.bias_update_speed, config, controller)
-    moved, kept = (params, opt_state, bias), (state.params, state.opt_state, state.bias)
-    params, opt_state, bias = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+    amax = None if state.amax is None else advanced(state.amax, amax_now)
+    moved, kept = (params, opt_state, bias, amax), (state.params, state.opt_state, state.bias, state.amax)
+    params, opt_state, bias, amax = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
 
     skipped = jnp.logical_not(finite).astype(jnp.int32)
     in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
-    new_state = TrainState(params, opt_state, bias, state.step + 1, in_row, state.skipped_total + skipped)
+    new_state = TrainState(params, opt_state, bias, state.step + 1, in_row, state.skipped_total + skipped, amax)
     return new_state, {
         "loss": terms.loss,
         "main_loss": terms.depth_loss_Q[0],
@@ -169,7 +179,7 @@ def gradients(
     On a mesh the gradient lies in pieces, as the optimiser's moments do.
     """
     local = partial(_own_gradients, config=config, controller=controller, n_domains=n_domains, placement=placement)
-    arguments = state.params, state.bias, batch, hyper
+    arguments = beside(state.params, state.amax), state.bias, batch, hyper
     if placement is None:
         return local(*arguments)
     spec, nowhere = model_spec(config.model), PartitionSpec()
@@ -211,7 +221,10 @@ def _own_gradients(
         return jax.grad(objective, has_aux=True)(params, *fixed)
 
     def accumulate(i: Array, sums: Any) -> Any:
-        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, gradient(i, totals))
+        (grads, terms), (more, more_terms) = sums, gradient(i, totals)
+        total = jax.tree.map(lambda s, x: s + x.astype(s.dtype), (apart(grads)[0], terms), (apart(more)[0], more_terms))
+        amax = jax.tree.map(jnp.maximum, apart(grads)[1], apart(more)[1])
+        return beside(total[0], amax), total[1]
 
     if n_micro == 1:
         grads, terms = gradient(0, totals)
