@@ -83,7 +83,10 @@ class Fp8Recipe:
 
     def __post_init__(self) -> None:
         _require_choice(self)
-        _require_positive(self, "tile", "amax_history", "amax_floor", "promotion_interval")
+        _require_positive(self, "tile", "amax_history", "promotion_interval")
+        require(
+            self.amax_floor >= 1e-32, f"amax_floor: expected at least 1e-32, a scale being a number too, got {self.amax_floor}"
+        )
         require(
             self.promotion_interval % 32 == 0,
             f"promotion_interval: expected a multiple of 32, the products that a tensor core adds at once, "

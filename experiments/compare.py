@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,27 @@ def time_arm(config: Config, folder: Path) -> dict[str, float]:
     return {"step": float(np.median(seconds[1:])), "fixed": max(0.0, wall - sum(seconds))}
 
 
-def make_plan(arms: dict[str, Config], base: Config, seeds: int, budget_s: float | None, workdir: Path) -> dict[str, Any]:
-    """What a resumed comparison keeps: arms, seeds, steps and the config around them."""
+def make_plan(
+    arms: dict[str, Config],
+    base: Config,
+    seeds: int,
+    budget_s: float | None,
+    workdir: Path,
+    limits: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """What a resumed comparison keeps: arms, seeds, steps and the config around them.
+
+    `limits`: arms of whose runs only so many steps are computed; their cost does not grow with the length of a run.
+    """
     plan: dict[str, Any] = {"arms": list(arms), "seeds": seeds, "config": to_dict(base), "steps": base.train.steps}
     if budget_s is not None:
         start, timings = time.perf_counter(), []
         for i, (arm, config) in enumerate(arms.items()):
             print(f"timing {arm} ...", flush=True)
-            timings.append(time_arm(config, workdir / "timing" / folder_of(i, arm)))
+            timing, limit = time_arm(config, workdir / "timing" / folder_of(i, arm)), (limits or {}).get(arm)
+            if limit is not None:
+                timing = {"step": 0.0, "fixed": timing["fixed"] + SLOWER * limit * timing["step"]}
+            timings.append(timing)
         plan["steps"] = steps_within(budget_s - (time.perf_counter() - start), timings, seeds)
         plan["timing"] = dict(zip(arms, timings, strict=True))
     return plan
@@ -110,46 +124,65 @@ def read_plan(workdir: Path, resume: bool, given: dict[str, Any]) -> dict[str, A
         raise ValueError(f"{workdir} holds a comparison already; add --resume to continue it, or take another --workdir")
     plan = json.loads(path.read_text())
     for key, value in given.items():
-        if plan[key] != value:
-            raise ValueError(f"{workdir} holds another comparison: {key} differs (--vary, --seeds, --set, --preset as before)")
+        if plan.get(key) != value:
+            raise ValueError(f"{workdir} holds another comparison: {key} differs (all flags as before)")
     return plan
 
 
 def run_arms(arms: dict[str, Config], plan: dict[str, Any], workdir: Path) -> dict[str, list[dict[str, Any]]] | None:
-    """Every run, seed by seed so that pairs complete early; finished ones are only read. None after Ctrl-C."""
+    """Every run, seed by seed so that pairs complete early; finished ones are only read. None after Ctrl-C.
+
+    A run that stops at its limit has no validation: it is the beginning of one as long as the others.
+    """
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for seed in range(plan["seeds"]):
         for i, (arm, config) in enumerate(arms.items()):
-            folder = workdir / folder_of(i, arm) / f"seed-{seed}"
-            if not (folder / "validation.json").exists():
-                print(f"seed {seed + 1} of {plan['seeds']}, {arm}, {plan['steps']} steps", flush=True)
-                config = override(seeded(config, seed), {"steps": plan["steps"]})
-                if train(config, folder, resume=True, header=False).interrupted:
+            folder, steps = workdir / folder_of(i, arm) / f"seed-{seed}", plan["steps"]
+            limit = min(steps, plan.get("limits", {}).get(arm, steps))
+            path = folder / "validation.json"
+            if not path.exists() and (limit == steps or len(read_metrics(folder)) < limit):
+                print(f"seed {seed + 1} of {plan['seeds']}, {arm}, {limit} steps", flush=True)
+                config = override(seeded(config, seed), {"steps": steps})
+                if train(config, folder, resume=True, header=False, step_limit=limit).interrupted:
                     return None
-            validation = json.loads((folder / "validation.json").read_text())
+            validation = json.loads(path.read_text()) if limit == steps else None
             runs[arm].append({"validation": validation, "metrics": read_metrics(folder)})
     return runs
 
 
-def main() -> int:
+def planned_runs(
+    arms: dict[str, Config], base: Config, workdir: Path, **options: Any
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]] | None]:
+    """The plan that the flags ask for, or the stored one, and all of its runs; None for these after Ctrl-C, said on stderr.
+
+    `options`, `limits` among them, are part of the plan: resumed with others, it is another one. Raises ValueError.
+    """
     settings, seeds, budget = parse_settings(flags.FLAGS.set), flags.FLAGS.seeds, flags.FLAGS.budget
-    base = _cli.config_from_flags()
     if seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {seeds}")
-    if not flags.FLAGS.vary:
-        raise ValueError("--vary: expected name=value,value,..., got none")
     if "steps" not in settings and (budget is None or budget <= 0):
         raise ValueError(f"--budget: expected minutes > 0 (or --set=steps=...), got {budget}")
-    arms = parse_arms(flags.FLAGS.vary, base)
-    workdir = Path(flags.FLAGS.workdir or f"runs/compare-{flags.FLAGS.preset}-{_safe(flags.FLAGS.vary)}")
-    plan = read_plan(workdir, flags.FLAGS.resume, {"arms": list(arms), "seeds": seeds, "config": to_dict(base)})
+    given = {"arms": list(arms), "seeds": seeds, "config": to_dict(base), **options}
+    plan = read_plan(workdir, flags.FLAGS.resume, given)
     if plan is None:
         workdir.mkdir(parents=True, exist_ok=True)
-        plan = make_plan(arms, base, seeds, None if "steps" in settings else budget * 60, workdir)
+        budget_s = None if "steps" in settings else budget * 60
+        plan = make_plan(arms, base, seeds, budget_s, workdir, options.get("limits")) | options
         write_json(workdir / "plan.json", plan)
     runs = run_arms(arms, plan, workdir)
     if runs is None:
         print("stopped, checkpoint saved; go on with the same command and --resume", file=sys.stderr)
+    return plan, runs
+
+
+def main() -> int:
+    base = _cli.config_from_flags()
+    if not flags.FLAGS.vary:
+        raise ValueError("--vary: expected name=value,value,..., got none")
+    arms = parse_arms(flags.FLAGS.vary, base)
+    workdir = Path(flags.FLAGS.workdir or f"runs/compare-{flags.FLAGS.preset}-{_safe(flags.FLAGS.vary)}")
+    plan, runs = planned_runs(arms, base, workdir)
+    if runs is None:
         return _cli.INTERRUPTED
     result = comparison.compare(runs)
     write_json(workdir / "compare.json", {"steps": plan["steps"], **result})
@@ -159,14 +192,19 @@ def main() -> int:
     return 0
 
 
-def define_flags() -> None:
-    flags.DEFINE_string("vary", None, "name=value,value,...: the setting that the arms differ in; the first is the baseline")
+def define_run_flags() -> None:
+    """Those of `planned_runs`."""
     flags.DEFINE_integer("seeds", 3, "runs of each arm")
     flags.DEFINE_float("budget", None, "minutes that the whole comparison may take")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("vary", None, "name=value,value,...: the setting that the arms differ in; the first is the baseline")
 
 
 if __name__ == "__main__":
     _cli.define_config_flags()
     flags.adopt_module_key_flags(_cli)  # so that --help lists them
+    define_run_flags()
     define_flags()
     _cli.run(main)

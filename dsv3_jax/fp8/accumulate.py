@@ -59,11 +59,12 @@ def product(a: Quantised, b: Quantised, how: Accumulation, start: Float[Array, "
         return total if start is None else start + total
     a, b = a.wide(), b.wide()
     (m, k), n = a.values.shape, b.values.shape[1]
-    if (a.tile[1] or k) != (b.tile[0] or k):
+    side, other = (min(tile or k, k) for tile in (a.tile[1], b.tile[0]))
+    if side != other:
         raise ValueError(f"tiles along K: expected the same of both operands, got {a.tile[1]} and {b.tile[0]}")
     zeros = jnp.zeros((m, n), jnp.float32)
     a_scale, b_scale = _rows(a.scale, a.tile[0], m), _rows(b.scale.T, b.tile[1], n).T
-    n_tiles, side = a_scale.shape[1], min(a.tile[1] or k, k)
+    n_tiles = a_scale.shape[1]
     if how.carries:
         if n_tiles == 1 and start is None:  # the core sees values, and one scale follows
             return tensor_core(a.values, b.values, zeros, how.reading) * a_scale * b_scale
@@ -77,7 +78,7 @@ def product(a: Quantised, b: Quantised, how: Accumulation, start: Float[Array, "
     x, y = jnp.pad(x, ((0, 0), (0, -k % interval))), jnp.pad(y, ((0, -k % interval), (0, 0)))
     tile = jnp.minimum(jnp.arange(0, x.shape[1], interval, dtype=jnp.int32) // side, a_scale.shape[1] - 1)
     intervals = (
-        x.reshape(m, -1, interval).transpose(1, 0, 2), y.reshape(-1, interval, n),
+        x.reshape(m, x.shape[1] // interval, interval).transpose(1, 0, 2), y.reshape(y.shape[0] // interval, interval, n),
         a_scale.T[tile][:, :, None], b_scale[tile][:, None, :],
     )  # fmt: skip
 
@@ -97,18 +98,22 @@ def tensor_core(
     a: Float[Array, "M K"], b: Float[Array, "K N"], start: Float[Array, "M N"], reading: Reading
 ) -> Float[Array, "M N"]:
     """start + a b, as the tensor core adds. Operands have few enough bits that their products are exact in float32."""
-    pad = -a.shape[1] % GROUP  # zeros change neither the largest exponent nor a sum
+    pad = -a.shape[1] % GROUP
     a, b = jnp.pad(a, ((0, 0), (0, pad))), jnp.pad(b, ((0, pad), (0, 0)))
     # One group after the other, each group's 32 outer products written out: XLA fuses them into two passes over [M, N].
-    groups = a.reshape(a.shape[0], -1, GROUP).transpose(1, 2, 0), b.reshape(-1, GROUP, b.shape[1])
+    n_groups = a.shape[1] // GROUP
+    groups = a.reshape(a.shape[0], n_groups, GROUP).transpose(1, 2, 0), b.reshape(n_groups, GROUP, b.shape[1])
     return lax.scan(partial(_add_group, reading), start, groups)[0]
 
 
 def _add_group(reading: Reading, total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
     products = [x[:, None] * y[None, :] for x, y in zip(*group, strict=True)]
-    largest = jnp.abs(total) if reading == "aligned" else jnp.zeros_like(total)
+    largest = jnp.zeros_like(total)
     for p in products:
         largest = jnp.maximum(largest, jnp.abs(p))
+    nothing = largest == 0  # such as padding, for which the accumulator is not aligned
+    if reading == "aligned":
+        largest = jnp.maximum(largest, jnp.abs(total))
     # The unit of the last of 14 bits below the largest exponent, and its inverse: powers of two.
     exponent = lax.bitcast_convert_type(largest, jnp.uint32) >> 23
     exponent = jnp.clip(exponent, KEPT_BITS, 254 - KEPT_BITS)
@@ -118,4 +123,4 @@ def _add_group(reading: Reading, total: Array, group: tuple[Array, Array]) -> tu
     for p in products:
         units += jnp.trunc(p * inverse)
     sum_ = units * unit
-    return (sum_ if reading == "aligned" else total + sum_), None
+    return jnp.where(nothing, total, sum_ if reading == "aligned" else total + sum_), None

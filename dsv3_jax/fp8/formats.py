@@ -69,5 +69,9 @@ def unpack(packed: UInt8[Array, "*rows X"], form: Format, size: int) -> Float[Ar
     if form.bits == 8:
         return from_bits(packed, jnp.dtype(form.dtype)).astype(jnp.float32)
     high, pairs = packed[..., :size].astype(jnp.uint16), packed[..., size:]
-    low = jnp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], -1)[..., :size].astype(jnp.uint16)
+    low = (
+        jnp.stack([pairs & 15, pairs >> 4], axis=-1)
+        .reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])[..., :size]
+        .astype(jnp.uint16)
+    )
     return from_bits(high << 8 | low << 4, jnp.dtype(form.dtype)).astype(jnp.float32)

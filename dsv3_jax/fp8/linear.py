@@ -5,7 +5,7 @@ operands are rounded anew, in tiles along the tokens. Gradients are those of the
 rounding as if it were not there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ def packed(matrix: Quantised, how: Quantiser) -> Quantised:
 
 def rounded_weight(weight: Any, how: Products, before: Amax = NOT_DELAYED) -> Quantised:
     """Blocks of a matrix [in, out] or of a stack; one that was stored in FP8 is taken as it is."""
-    return weight.wide() if isinstance(weight, Quantised) else quantise(weight, how.weight, before.weight)
+    return weight if isinstance(weight, Quantised) else quantise(weight, how.weight, before.weight)
 
 
 def fprop(x: Quantised, weight: Any, how: Products, before: Amax = NOT_DELAYED) -> Float[Array, "N O"]:
@@ -65,7 +65,8 @@ def linear(x: Float[Array, "*batch I"], weight: Any, how: Products, kept: Quanti
     """
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
-        y = fprop(quantise(flat, how.x), weight, how).astype(x.dtype)
+        matrix = replace(weight, sides=weight.values.shape[-2:])
+        y = fprop(quantise(flat, how.x), matrix, how).astype(x.dtype)
     else:
         y = _linear(flat, *parted(weight), kept, how)
     return y.reshape(*x.shape[:-1], y.shape[-1])

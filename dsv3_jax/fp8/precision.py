@@ -12,7 +12,10 @@ from dsv3_jax.config import Config, Fp8Recipe, ModelConfig
 from dsv3_jax.fp8.accumulate import Accumulation
 from dsv3_jax.fp8.formats import FORMATS
 from dsv3_jax.fp8.linear import Products
-from dsv3_jax.fp8.quantize import WHOLE, Quantiser
+from dsv3_jax.fp8.quantize import RELEASED_FLOOR, WHOLE, Quantiser
+
+# What released code does with activations when it serves its FP8 weights; nothing is kept, as nothing is differentiated.
+SERVING = Fp8Recipe(amax_floor=RELEASED_FLOOR, power_of_two="nowhere", attention_cache="compute", swiglu_cache="compute")
 
 ATTENTION = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")  # of dense layers and of shared experts

@@ -33,6 +33,11 @@ class Quantiser:
     def transposed(self) -> "Quantiser":
         return replace(self, tile=self.tile[::-1])
 
+    def row_bytes(self, size: Any) -> Any:
+        """Bytes of `size` values packed, their scales included: one each, or four."""
+        side = self.tile[1] or size
+        return size * self.form.bits / 8 + -(-size // side) * (1 if self.power_of_two else 4)
+
     def __str__(self) -> str:
         if self.tile == (WHOLE, WHOLE):
             scales = "tensor"

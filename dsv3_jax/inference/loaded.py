@@ -1,7 +1,7 @@
 """One call opens a checkpoint: released folder, converted one, or a run's own; what comes back can score and generate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Fp8Recipe, ModelConfig
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference import serving
 from dsv3_jax.inference.score import InMemory, Scores, score
@@ -56,6 +56,7 @@ def load(
     dtype: Dtype = "float32",
     compute_dtype: str | None = None,
     keep_fp8: bool = False,
+    fp8: Fp8Recipe | None = None,
     mtp: bool = True,
     average: bool = False,
     placement: Placement | None = None,
@@ -64,7 +65,8 @@ def load(
 
     `dtype`: of the parameters: "float32", "bfloat16", or "stored", as the file has them; `keep_fp8` leaves FP8 weights as they
     are, with their scales, in any case. `compute_dtype`: of the activations; default float32, or bfloat16 with that `dtype`.
-    Without `mtp` the MTP modules are left out; `average` takes a run's averaged weights; with a `placement` each device reads
+    With `fp8` (`SERVING` is released code's) scoring rounds the inputs of linear layers too, and multiplies FP8 weights as they
+    are; generation does not. Without `mtp` the MTP modules are left out; `average` takes a run's averaged weights; with a `placement` each device reads
     its slice.
 
     Raises ValueError, one line with the file and the tensor, for a checkpoint that is damaged or of another architecture.
@@ -72,6 +74,7 @@ def load(
     check_dtype(dtype)
     computed = compute_dtype or ("bfloat16" if dtype == "bfloat16" else "float32")
     source = open_source(folder, compute_dtype=computed, mtp=mtp, average=average)
+    source = source._replace(config=replace(source.config, fp8=fp8))
     params = load_parameters(source.tensors, source.config, dtype, keep_fp8=keep_fp8, placement=placement)
     bias = load_bias(source.tensors, source.config, placement)
     return Loaded(source.config, params, bias, source)

@@ -13,7 +13,7 @@ from dsv3_jax.interop.orbax_folder import TABLE, OrbaxFolder
 from dsv3_jax.interop.run_folder import RunFolder
 
 # In which the numbers are made, and not what they mean: config.json does not speak of these.
-NUMERICS: dict[str, Any] = {"remat": "none", "experts_implementation": "auto"}
+NUMERICS: dict[str, Any] = {"remat": "none", "experts_implementation": "auto", "fp8": None}
 
 
 class Source(NamedTuple):

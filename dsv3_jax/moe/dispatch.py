@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from dsv3_jax.bits import from_bits, to_bits
 
@@ -50,7 +50,7 @@ def make_plan(indices_NK: Int[Array, "N K"], n_experts: int) -> Plan:
     return Plan(choice_R, row_R.reshape(indices_NK.shape), start_E, end_E - start_E)
 
 
-def take_rows(values: Float[Array, "M D"], index: Int[Array, " R"]) -> Float[Array, "R D"]:
+def take_rows(values: Shaped[Array, "M D"], index: Int[Array, " R"]) -> Shaped[Array, "R D"]:
     """values[index], for indices that are in bounds by construction."""
     return from_bits(to_bits(values).at[index].get(mode=IN_BOUNDS), values.dtype)
 

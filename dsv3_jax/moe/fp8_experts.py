@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
+from dsv3_jax.bits import to_bits
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.accumulate import product
 from dsv3_jax.fp8.delayed import Amax, largest, magnitude, observed, parted
@@ -42,9 +43,11 @@ class How(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Rows that a step of the walk handles: whole tiles."""
-        tiles = (self.up.x_wgrad.tile[0], self.up.gradient_wgrad.tile[0], self.up.gradient.tile[0])
-        side = math.lcm(*(tile for tile in tiles if tile)) if any(tiles) else SHORTEST_BLOCK
+        """Rows that a step of the walk handles: whole tiles, and whole intervals between promotions of Wgrad's sums."""
+        sides = [self.up.x_wgrad.tile[0], self.up.gradient_wgrad.tile[0], self.up.gradient.tile[0]]
+        if self.up.accumulation.fidelity == "promoted":
+            sides.append(self.up.accumulation.interval)
+        side = math.lcm(*(side or 1 for side in sides))
         return side * -(-SHORTEST_BLOCK // side)
 
 
@@ -193,7 +196,8 @@ def _grouped(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) 
         wide = a.astype(jnp.float32), b.astype(jnp.float32)
         if how.implementation == "ragged_dot":
             return lax.ragged_dot(*wide, rows.count_E, precision="highest", preferred_element_type=jnp.float32)
-        a, b = (_plain(v) for v in wide)
+        # Experts that were stored in FP8 become numbers one by one, the others all at once.
+        a, b = _plain(wide[0]), b if b.values.dtype != jnp.float32 else _plain(wide[1])
 
     def one_block(y_XO: Array, expert: Array, at: Array) -> Array:
         block = product(_block(a, at, how.block), _matrix(b, expert), accumulation)
@@ -265,5 +269,4 @@ def _block(matrix: Quantised, at: Array, block: int) -> Quantised:
 
 
 def _matrix(stack: Quantised, expert: Array) -> Quantised:
-    values, scale = (lax.dynamic_index_in_dim(a, expert, keepdims=False) for a in (stack.values, stack.scale))
-    return replace(stack, values=values, scale=scale)
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(to_bits(a), expert, keepdims=False), stack)

@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8.precision import attention_cache, products, swiglu_cache
+from dsv3_jax.fp8.quantize import Quantiser
 from dsv3_jax.model.attention import MAX_BLOCKS, MIN_BLOCK
 from dsv3_jax.model.transformer import head_name
 from dsv3_jax.parallel.mesh import EXPERT
@@ -74,12 +76,14 @@ def saved_per_token(model: ModelConfig, kind: str, share: Share) -> dict[str, Nu
     width = model.intermediate_size if kind == "dense" else model.n_shared_experts * model.moe_intermediate_size
     choices = model.num_experts_per_tok if kind != "dense" and not exchanged else 0
     expert_width = choices * model.moe_intermediate_size / tensor
+    swiglu = row_bytes(swiglu_cache(model), width / tensor, compute)
+    expert_swiglu = choices * row_bytes(swiglu_cache(model), model.moe_intermediate_size / tensor, share.experts_bytes)
     saved = {
         "carry": hidden * compute * (2 if kind == "mtp" else 1),  # an MTP module also reads an embedding
         "latent": latent * compute,
-        "attention": heads * (model.v_head_dim * compute + FLOAT32),
+        "attention": row_bytes(attention_cache(model), heads * model.v_head_dim, compute) + heads * FLOAT32,
         "residual": hidden * compute,
-        "swiglu_input": 2 * width / tensor * compute + 2 * expert_width * share.experts_bytes,
+        "swiglu_input": 2 * swiglu + 2 * expert_swiglu,
         "router": model.n_routed_experts * FLOAT32 if kind != "dense" else 0,
         "operations": 0.0,
     }
@@ -93,11 +97,33 @@ def saved_per_token(model: ModelConfig, kind: str, share: Share) -> dict[str, Nu
         if kind == "mtp":
             kept += 2 * hidden  # the normalised pair
         saved["operations"] = compute * (kept + choices * hidden + expert_width)
+        if model.fp8:
+            saved["operations"] = compute * (heads * (qk + values) + keys) + _fp8_inputs(model, kind, width, bool(choices))
+            if kind == "mtp":
+                saved["operations"] += 2 * hidden * compute
         if kind != "dense":
             chosen = model.num_experts_per_tok * model.n_routed_experts  # which gate is whose, a byte each
-            swiglu_steps = 4 * expert_width if share.experts_bytes == FLOAT32 else 0
+            swiglu_steps = 4 * expert_width if share.experts_bytes == FLOAT32 and not model.fp8 else 0
             saved["operations"] += FLOAT32 * (hidden + model.n_routed_experts + swiglu_steps) + chosen
     return saved
+
+
+def row_bytes(how: Quantiser | None, size: Number, otherwise: int) -> Number:
+    """Of `size` values of a row as `how` packs them, or `otherwise` bytes each."""
+    return how.row_bytes(size) if how else size * otherwise
+
+
+def _fp8_inputs(model: ModelConfig, kind: str, width: int, routed: bool) -> Number:
+    """Bytes of a token's inputs of linear operations, each operation's own: one byte a value, and scales."""
+    per_layer = {"q_a_proj": model.hidden_size, "q_b_proj": model.q_lora_rank, "kv_b_proj": model.kv_lora_rank}
+    names = [name for name in (*per_layer, "kv_a_proj_with_mqa") if model.attention == "mla" and model.q_lora_rank]
+    names = (
+        names or ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj"] if model.attention == "mla" else ["q_proj", "k_proj", "v_proj"]
+    )
+    names += ["gate_proj", "up_proj"] if width else []
+    names += ["experts.up_proj"] if routed else []
+    how = {name: products(model, name) for name in names}
+    return sum(row_bytes(h.x if h else None, per_layer.get(n) or model.hidden_size, FLOAT32) for n, h in how.items())
 
 
 SAVED = {

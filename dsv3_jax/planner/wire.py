@@ -7,6 +7,7 @@ spread over the axis' ranks in it. The exchange of expert parallelism sends ever
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dsv3_jax.fp8.precision import wire
 from dsv3_jax.parallel.mesh import EXPERT, TENSOR
 from dsv3_jax.planner.chips import Chip
 from dsv3_jax.planner.rows import Number
@@ -94,11 +95,12 @@ def _exchange(share: Share, chip: Chip) -> Iterator[Traffic]:
     if ranks == 1 or not model.n_moe_layers:
         return
     row = model.hidden_size * share.compute_bytes
+    x, dy = (how.row_bytes(model.hidden_size) if how else row for how in wire(model))
     rows = share.micro_batches * model.n_moe_layers * share.rows
     near = share.in_node(EXPERT)
     hops = exchange_hops(chip, ranks)
     sizes = {
-        "dispatch": DISPATCHES * row + DISPATCHED_GATES * FLOAT32,
+        "dispatch": 2 * x + dy + DISPATCHED_GATES * FLOAT32,
         "combine": COMBINES * row + COMBINED_GATES * FLOAT32,
     }
     for what, size in sizes.items():

@@ -153,7 +153,7 @@ def _origin(workdir: Path, init: str | Path | None) -> dict[str, Any]:
     return {} if known is None else {"init": str(known)}
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
     placement = placement_of(config)
     return make_train_step(config, n_domains, placement), make_eval_step(config, n_domains, placement)
@@ -165,7 +165,7 @@ def compiled_steps(config: Config, n_domains: int) -> tuple[Any, Any]:
         "seed": 0, "data_seed": 0, "steps": 1, "ema_decay": 0.0, "ema_every": 1,
         "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 0, "nonfinite_limit": 1, "warmup_steps": 0,
         "learning_rate": 1.0, "bias_update_speed": 0.0, "mtp_loss_weight": 0.0, "mtp_loss_weight_late": 0.0,
-        "data_streams": 1,
+        "data_streams": 1, "init_ulps": 0,
     }  # fmt: skip
     return _compiled_steps(override(config, host_only), n_domains)
 

@@ -90,6 +90,8 @@ def program(monkeypatch):
     monkeypatch.setattr(compare, "train", fake_train)
     if "preset" not in absl_flags.FLAGS:
         _cli.define_config_flags()
+    if "seeds" not in absl_flags.FLAGS:
+        compare.define_run_flags()
     if "vary" not in absl_flags.FLAGS:
         compare.define_flags()
     return call

@@ -81,18 +81,22 @@ def flops(jaxpr: Any) -> float:
 
 
 def sent_bytes(jaxpr: Any, sizes: Mapping[str, int]) -> dict[tuple[str, str], float]:
-    """(collective, axis) -> bytes of floats that a device sends to the others, rows of an exchange spread evenly."""
+    """(collective, axis) -> bytes of floats, FP8's among them, that a device sends; rows of an exchange spread evenly."""
     kinds = {"all_gather": lambda n: n - 1, "reduce_scatter": lambda n: (n - 1) / n, "ragged_all_to_all": lambda n: (n - 1) / n}
     found: dict[tuple[str, str], float] = {}
     for equation, times in executed(jaxpr):
         name = equation.primitive.name
-        if name in kinds and jnp.issubdtype(equation.invars[0].aval.dtype, jnp.floating):
+        if name in kinds and (jnp.issubdtype(equation.invars[0].aval.dtype, jnp.floating) or _is_bytes(equation)):
             axes = equation.params["axis_name"]
             (axis,) = (axes,) if isinstance(axes, str) else axes
             sent, operand = kinds[name](sizes[axis]), equation.invars[0].aval
             key = name, axis
             found[key] = found.get(key, 0) + times * sent * math.prod(operand.shape) * operand.dtype.itemsize
     return found
+
+
+def _is_bytes(equation: Any) -> bool:
+    return equation.invars[0].aval.dtype == jnp.uint8
 
 
 def _products(equation: Any, contracted: Any) -> int:

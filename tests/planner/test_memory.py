@@ -21,9 +21,14 @@ def by_key(share):
     return {cause.key: cause.bytes for cause in memory.causes(share)}
 
 
-@pytest.mark.parametrize(("remat", "compute_dtype"), [("none", "float32"), ("report", "bfloat16"), ("full", "bfloat16")])
-def test_saved_activations_grow_with_the_batch_as_the_program_s_do(remat, compute_dtype):
-    config = small(remat=remat, compute_dtype=compute_dtype)
+KEPT = [("none", "float32", "null"), ("report", "bfloat16", "null"), ("full", "bfloat16", "null")]
+KEPT += [(remat, "bfloat16", "report") for remat in ("none", "report", "full")]
+KEPT += [("report", "bfloat16", '{"attention_cache": "e4m3", "swiglu_cache": "compute"}'), ("report", "bfloat16", '{"tile": 16}')]
+
+
+@pytest.mark.parametrize(("remat", "compute_dtype", "fp8"), KEPT)
+def test_saved_activations_grow_with_the_batch_as_the_program_s_do(remat, compute_dtype, fp8):
+    config = small(remat=remat, compute_dtype=compute_dtype, fp8=fp8)
     wider = override(config, {"batch_size": 4, "batch_size_start": 4})
     grown = kept_bytes(wider) - kept_bytes(config)
     planned = memory.saved_bytes(make_share(wider, 1), remat) - memory.saved_bytes(make_share(config, 1), remat)

@@ -50,6 +50,29 @@ def test_a_device_sends_and_computes_what_the_program_says(layout):
     assert flops(jaxpr) - unread == executed(share).total * share.tokens
 
 
+@pytest.mark.parametrize("fp8", ["report", '{"tile": 16}', '{"power_of_two": "nowhere"}', '{"gradient_scaling": "block"}'])
+def test_fp8_sends_what_the_program_says_and_halves_the_dispatch(fp8):
+    changes = dict(
+        batch_size=16, batch_size_start=16, remat="report", compute_dtype="bfloat16", exchange="ragged", exchange_buffer=1.0,
+        layout="report", mesh_expert=4, mesh_data=2,
+    )  # fmt: skip
+    config, wide = small(**changes, fp8=fp8), small(**changes)
+    share = make_share(config, 8)
+    program, found, before = sent_bytes(step_jaxpr(config), share.sizes), sent(share), sent(make_share(wide, 8))
+    assert program["ragged_all_to_all", "expert"] == total(found, "dispatch") + total(found, "combine")
+    assert total(found, "combine") == total(before, "combine")
+    gates = 2 * 4 * share.rows * (config.model.n_main_moe_layers + 1) * 3 / 4
+    ratio = (total(found, "dispatch") - gates) / (total(before, "dispatch") - gates)
+    if fp8 == "report":
+        assert ratio == (64 + 1) / (2 * 64)  # one byte a value, one for the scale of all 64, for two
+    elif "tile" in fp8:
+        assert ratio == (64 + 4) / (2 * 64)
+    elif "nowhere" in fp8:  # rounding twice with such scales is not rounding once: sent as it is
+        assert ratio == 1
+    else:  # scales of several tokens cannot go with each: gradients as they are
+        assert ratio == (2 * (64 + 1) + 2 * 64) / (3 * 2 * 64)
+
+
 def test_one_device_sends_nothing():
     assert traffic(share_of(1), H800) == ()
 
