@@ -100,6 +100,8 @@ MUTANTS = [
            [(router, "route", faults.rebuilt_route(cast=jnp.bfloat16))]),
     Mutant("9 router quantised with the rest", checks_router.check_router_computes_in_float32,
            [(router, "route", faults.rebuilt_route(cast=jnp.float8_e4m3fn))]),
+    Mutant("9 router in the FP8 recipe", checks_router.check_router_computes_in_float32,
+           [(router, "products", faults.products_of_everything)]),
     Mutant("10 scaling factor missing", checks_router.check_known_choices, [(router, "gates", faults.gates_without_scale)]),
     Mutant("10 scaling factor applied twice", checks_router.check_known_choices,
            [(router, "gates", faults.gates_scaled_twice)]),

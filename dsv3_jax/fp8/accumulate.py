@@ -43,8 +43,8 @@ class Accumulation:
     def __str__(self) -> str:
         if self.fidelity == "float32":
             return "float32"
-        bits = f"{KEPT_BITS} bits, accumulator {self.reading}"
-        return f"{bits}, float32 each {self.interval}" if self.fidelity == "promoted" else f"{bits}, no promotion"
+        bits = f"{KEPT_BITS} bits {self.reading}"
+        return f"{bits}, f32 each {self.interval}" if self.fidelity == "promoted" else bits
 
 
 def product(a: Quantised, b: Quantised, how: Accumulation, start: Float[Array, "M N"] | None = None) -> Float[Array, "M N"]:

@@ -29,8 +29,8 @@ NOT_DELAYED = Amax()
 class Delayed:
     """A weight and the magnitudes that its operation's operands had: `amax` [*layers, 3, steps], the last step first."""
 
-    weight: Array
-    amax: Array
+    weight: Any
+    amax: Any
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -98,69 +98,77 @@ class Row(NamedTuple):
     """One line of the table: the operands of Fprop, the gradient that comes into Dgrad, both operands of Wgrad."""
 
     operation: str
-    forward: str
+    fprop: str
     dgrad: str
     wgrad: str
     kept: str  # between forward and backward pass; -: recomputed
 
 
+LEGEND = "tiles: values that share a scale, in e4m3 unless another format is named; 2^n: scales that are powers of two"
+
+
 def table(config: Config) -> list[Row]:
     """Every operation of a training step."""
     model = config.model
-    compute, params = _short(model.compute_dtype), _short(model.param_dtype)
-    full = model.remat != "none"
+    compute, params = model.compute_dtype, model.param_dtype
+    attention_kept, swiglu_kept = (
+        "-" if model.remat == "full" else _text(cache) or compute for cache in (attention_cache(model), swiglu_cache(model))
+    )
+    sent, sent_back = (_text(how) or compute for how in wire(model))
 
     def recomputed(what: str) -> str:
-        return "-" if full else what
+        return what if model.remat == "none" else "-"
 
     def linear(name: str, kept: str | None = None) -> Row:
         how = products(model, name)
         if how is None:
             high = "float32" if name == "gate" else compute
             return Row(name, high, high, high, kept or recomputed(high))
-        wgrad = f"{how.gradient_wgrad} . {how.x_wgrad}"
-        return Row(name, f"{how.x} . {how.weight}", str(how.gradient), wgrad, kept or recomputed(str(how.x)))
+        wgrad = f"{_text(how.x_wgrad)} . {_text(how.gradient_wgrad)}"
+        return Row(name, f"{_text(how.x)} . {_text(how.weight)}", _text(how.gradient), wgrad, kept or recomputed(_text(how.x)))
 
-    attention_kept, swiglu_kept = (
-        "-" if model.remat == "full" else str(cache or compute) for cache in (attention_cache(model), swiglu_cache(model))
-    )
-    if model.attention == "mla":
-        query = ("q_proj",) if model.q_lora_rank is None else ("q_a_proj", "q_b_proj")
-        projections = (*query, "kv_a_proj_with_mqa", "kv_b_proj")
-    else:
-        projections = ("q_proj", "k_proj", "v_proj")
-    sent, sent_back = (str(how or compute) for how in wire(model))
     rows = [
         Row("embed_tokens", compute, compute, compute, "tokens"),
-        Row("norms", "float32", "float32", "float32", recomputed("float32")),
-        *map(linear, projections),
+        Row("norms", "float32", "float32", "float32", recomputed(compute)),
+    ]
+    rows += map(linear, _projections(model))
+    rows += [
         Row("attention core", f"{compute}, softmax float32", compute, "", recomputed(compute)),
         linear("o_proj", attention_kept),
     ]
     if model.n_dense_layers or model.n_shared_experts:
-        rows += [*map(linear, MLP)]
+        rows += [linear("gate_proj"), linear("up_proj"), linear("down_proj", "-" if model.fp8 else None)]
     if model.n_moe_layers:
         rows += [
             linear("gate", "float32"),
-            Row("dispatch", sent, f"{sent_back} (of the output's gradient)", "", ""),
-            *map(linear, EXPERTS),
-            Row("combine", compute, f"{compute} (of the input's gradient)", "", ""),
+            Row("dispatch", sent, f"dy: {sent_back}", "", ""),
+            *(linear(name, "-" if name == "experts.down_proj" else None) for name in EXPERTS),
+            Row("combine", compute, f"dx: {compute}", "", ""),
         ]
-    rows.append(Row("SwiGLU", "float32", "float32", "", swiglu_kept))
+    rows.append(Row("SwiGLU", "float32" if model.fp8 else compute, "float32" if model.fp8 else compute, "", swiglu_kept))
     if model.num_nextn_predict_layers:
         rows.append(linear("eh_proj"))
-    rows += [
+    sums = "float32" if model.fp8 or config.train.n_micro_batches > 1 else f"{compute}, {params}"
+    return rows + [
         Row("lm_head, loss", f"{compute}, softmax float32", compute, compute, compute),
-        Row("weight gradients", "", "", "float32" if model.fp8 or config.train.n_micro_batches > 1 else params, "float32 sums"),
-        Row("AdamW", "float32", "", "", f"moments {_short(config.train.moment_dtype)}, masters float32"),
+        Row("sums of products", accumulation(model), "as Fprop", "as Fprop", ""),
+        Row("weight gradients", "", "", sums, ""),
+        Row("AdamW", "float32", "", "", f"{config.train.moment_dtype}, masters float32"),
         Row("router bias, counts", "float32, int32", "", "", "float32"),
     ]
-    return rows
 
 
-def _short(dtype: str) -> str:
-    return dtype
+def _text(how: Quantiser | None) -> str:
+    return "" if how is None else str(how).removeprefix("e4m3 ")
+
+
+def _projections(model: ModelConfig) -> tuple[str, ...]:
+    if model.attention != "mla":
+        return "q_proj", "k_proj", "v_proj"
+    query = ("q_proj",) if model.q_lora_rank is None else ("q_a_proj", "q_b_proj")
+    return *query, "kv_a_proj_with_mqa", "kv_b_proj"
 
 
 def accumulation(config: ModelConfig) -> str:
+    """How the products of linear operations are added up."""
     return str(_products(config.fp8, "q_a_proj").accumulation) if config.fp8 else "float32"

@@ -65,9 +65,9 @@ def load(
 
     `dtype`: of the parameters: "float32", "bfloat16", or "stored", as the file has them; `keep_fp8` leaves FP8 weights as they
     are, with their scales, in any case. `compute_dtype`: of the activations; default float32, or bfloat16 with that `dtype`.
-    With `fp8` (`SERVING` is released code's) scoring rounds the inputs of linear layers too, and multiplies FP8 weights as they
-    are; generation does not. Without `mtp` the MTP modules are left out; `average` takes a run's averaged weights; with a `placement` each device reads
-    its slice.
+    With `fp8` (`fp8.precision.SERVING` is released code's) scoring rounds the inputs of linear layers too, and multiplies FP8
+    weights as they are; generation does not. Without `mtp` the MTP modules are left out; `average` takes a run's averaged
+    weights; with a `placement` each device reads its slice.
 
     Raises ValueError, one line with the file and the tensor, for a checkpoint that is damaged or of another architecture.
     """

@@ -4,12 +4,12 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import numpy_fp8
 from hypothesis import given, settings
 
 from dsv3_jax.fp8.accumulate import Accumulation, product, tensor_core
 from dsv3_jax.fp8.formats import E4M3, E5M2
 from dsv3_jax.fp8.quantize import WHOLE, Quantiser, quantise
+from oracles import numpy_fp8
 from oracles.compiling import quick_jit
 
 READINGS = pytest.mark.parametrize("reading", ["aligned", "apart"])

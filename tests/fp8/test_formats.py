@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from oracles.numpy_fp8 import cast, nearest
 from hypothesis import given, settings
 
 from dsv3_jax.fp8.formats import E4M3, E5M2, E5M6, FORMATS, pack, rounded, unpack
+from oracles.numpy_fp8 import cast, nearest
 
 ALL = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 

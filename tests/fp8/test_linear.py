@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import numpy_fp8
 
 from dsv3_jax.fp8.accumulate import Accumulation, product
 from dsv3_jax.fp8.formats import E4M3, E5M2, E5M6, rounded
 from dsv3_jax.fp8.linear import Products, dgrad, fprop, keep, linear, wgrad
 from dsv3_jax.fp8.quantize import WHOLE, Quantised, Quantiser, quantise
+from oracles import numpy_fp8
 from oracles.compiling import quick_jit
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import numpy_fp8
 from hypothesis import given, settings
 
 from dsv3_jax.fp8.formats import E4M3, E5M2, E5M6, FORMATS
 from dsv3_jax.fp8.linear import packed
 from dsv3_jax.fp8.quantize import WHOLE, Quantiser, fake, n_values, quantise, raised, with_scale_bits
+from oracles import numpy_fp8
 
 quantised = jax.jit(quantise, static_argnums=1)
 

@@ -5,10 +5,10 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles.numpy_fp8 import spread
 
 from dsv3_jax.fp8.formats import E4M3, E5M2
 from dsv3_jax.fp8.quantize import Quantiser, quantise
+from oracles.numpy_fp8 import spread
 
 with warnings.catch_warnings():  # what it imports may warn; ours does not get away with it
     warnings.simplefilter("ignore", DeprecationWarning)

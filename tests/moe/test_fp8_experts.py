@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import numpy_fp8
 from hypothesis import given, settings
 
 from dsv3_jax.config import Fp8Recipe
@@ -17,6 +16,7 @@ from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised
 from dsv3_jax.moe.fp8_experts import fp8_routed_experts
 from dsv3_jax.presets import preset
+from oracles import numpy_fp8
 from oracles.compiling import quick_jit
 
 IMPLEMENTATIONS = ["bucketed", "ragged_dot"]

@@ -1,11 +1,12 @@
 """Checks of the router against known vectors and the float64 reference; run by its tests, and by the mutants."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Fp8Recipe, ModelConfig
 from dsv3_jax.moe import router
 from oracles import numpy_moe, vectors
 from oracles.compiling import quick_jit
@@ -95,10 +96,15 @@ def check_gates_are_free_of_the_bias() -> None:
 
 
 def check_router_computes_in_float32() -> None:
-    """BF16 tokens are read as they are; logits, scores and gates lose nothing to BF16 on the way."""
+    """BF16 tokens are read as they are; logits, scores and gates lose nothing on the way, nor to FP8 beside them."""
+    for recipe in (None, Fp8Recipe()):
+        _check_float32_with(recipe)
+
+
+def _check_float32_with(recipe: Fp8Recipe | None) -> None:
     rng = np.random.default_rng(3)
     x, weight = jnp.asarray(rng.standard_normal((40, 24)), jnp.bfloat16), rng.standard_normal((24, 16)).astype(np.float32)
-    config = router_config(16, vectors.ROUTER_SETTINGS)
+    config = dataclasses.replace(router_config(16, vectors.ROUTER_SETTINGS), fp8=recipe)
     bias = jnp.asarray(vectors.ROUTER_BIAS, jnp.float32)
     actual = quick_jit(lambda x, w: router.route(x, w, bias, config))(x, jnp.asarray(weight))
     logits = np.asarray(x, np.float64) @ weight.astype(np.float64)

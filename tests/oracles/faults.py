@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import dsv3_jax.fp8.precision as precision
 import dsv3_jax.interop.read as read
 import dsv3_jax.model.mla as mla
 import dsv3_jax.model.mtp as mtp
@@ -144,6 +145,12 @@ def rebuilt_route(*, gate_scores="unbiased", cast=None, fill=None):
         return router.Routing(order[..., :k], chosen, scores, logits, margin)
 
     return faulty
+
+
+def products_of_everything(config, operation):
+    """The precision table without its exception for the router."""
+    recipe = config.fp8 and dataclasses.replace(config.fp8, router=True)
+    return precision.products(dataclasses.replace(config, fp8=recipe), operation)
 
 
 def grouped_by(score):
