@@ -86,7 +86,7 @@ class Checkpoints:
         if step == self.latest():
             return
         meta = {"config": to_dict(self.config), "progress": checkpoint.progress._asdict(), "ema": ema and ema.n_updates}
-        items = {"state": ocp.args.StandardSave(checkpoint.state), "meta": ocp.args.JsonSave(meta)}
+        items = {"state": ocp.args.StandardSave(_fields(checkpoint.state)), "meta": ocp.args.JsonSave(meta)}
         if ema:
             items["ema"] = ocp.args.StandardSave(whole_average(ema))
         self._guarded("written", lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
@@ -111,14 +111,14 @@ class Checkpoints:
             raise ValueError(
                 f"{self.folder} holds a run of another config: {'; '.join(changes)}; undo that or take another --workdir"
             )
-        arrays = {"state": ocp.args.StandardRestore(jax.tree.map(_placed, state))}
+        arrays = {"state": ocp.args.StandardRestore(jax.tree.map(_placed, _fields(state)))}
         if ema:
             arrays["ema"] = ocp.args.StandardRestore(jax.tree.map(_host_or_placed, ema.average))
         restored = self._guarded("read", lambda: self._manager.restore(step, args=ocp.args.Composite(**arrays)))
         if ema:
             average = jax.tree.map(lambda a: Pieces.of(a) if isinstance(a, jax.Array) else a, restored.ema)
             ema = Ema(average, meta["ema"])
-        return Checkpoint(restored.state, ema, Progress(**meta["progress"]))
+        return Checkpoint(type(state)(**restored.state), ema, Progress(**meta["progress"]))
 
     def _guarded(self, action: str, call: Any) -> Any:
         """`call()`; whatever the storage library raises becomes one line."""
@@ -203,6 +203,11 @@ def _guarded_read(folder: Path, call: Any) -> Any:
         return call()
     except Exception as error:
         raise ValueError(f"checkpoint {folder.parent} is damaged ({_reason(error)}); begin from another run") from error
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    """A state's fields but for `amax` where there is none: runs from before it existed have no such entry."""
+    return {name: value for name, value in state._asdict().items() if (name, value) != ("amax", None)}
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -119,6 +119,23 @@ def test_the_671b_step_compiles_for_512_chips_and_fits(tmp_path):
     assert not any(".dataxexpert." in name and row["result"] > 2**26 for name, row in found.items())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu: `make test-slow` installs it")
+def test_the_671b_step_in_fp8_compiles_for_tpu7x_and_sends_the_dispatch_as_bytes(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.plan", "--aot=tpu:tpu7x:8x8x4", f"--out={tmp_path}", "--set=layout=fully_sharded",
+        "--set=mesh_expert=64", "--set=batch_size=512", "--set=batch_size_start=512", "--set=fp8=report",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, env=with_libtpu())
+    assert done.returncode == 0, done.stderr[-2000:]
+    sections = json.loads((tmp_path / "plan.json").read_text())["sections"]
+    compared, found = sections["aot"]["rows"], sections["collectives"]["rows"]
+    assert compared["peak"]["XLA"] < 60 * 2**30  # of 94.75; in BF16 45.1
+    assert abs(compared["arguments"]["apart"]) < 0.05 and abs(compared["others"]["apart"]) < 0.05
+    assert abs(compared["exchange"]["apart"]) < 0.1, compared["exchange"]
+    assert any("ragged-all-to-all" in name and "u8" in name for name in found), list(found)
+
+
 def test_a_target_that_does_not_exist_is_one_line(tmp_path):
     command = [sys.executable, "-m", "experiments.plan", "--aot=tpu:v9:2x2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
