@@ -48,6 +48,7 @@ def header_lines(run: dict[str, Any]) -> list[str]:
         f"devices     {len(run['devices'])} x {run['devices'][0]}; "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name in ("python", "jax", "jaxlib")),
         *_mesh_line(run),
+        _precision_line(run["config"]),
         f"parameters  {counts['total']:,} in the main model, {counts['active_with_head']:,} activated per token, "
         f"{counts['mtp']:,} in MTP",
         f"corpus        {'bytes':>9} {'held out':>9}  SHA-256",
@@ -64,6 +65,13 @@ def header_lines(run: dict[str, Any]) -> list[str]:
         inside = [line.removeprefix(f"{topic}: ") for line in differences if line.startswith(f"{topic}: ")]
         lines += [f"  {topic if i == 0 else '':<10}{line}" for i, line in enumerate(inside)]
     return lines
+
+
+def _precision_line(config: dict[str, Any]) -> str:
+    model, train = config["model"], config["train"]
+    linear = "FP8 (experiments.precision prints the table)" if model.get("fp8") else model["compute_dtype"]
+    rest = f"other operations {model['compute_dtype']}, moments {train['moment_dtype']}"
+    return f"precision   linear layers {linear}, {rest}"
 
 
 def _mesh_line(run: dict[str, Any]) -> list[str]:

@@ -22,11 +22,10 @@ def by_key(share):
 
 
 KEPT = [("none", "float32", "null"), ("report", "bfloat16", "null"), ("full", "bfloat16", "null")]
-KEPT += [(remat, "bfloat16", "report") for remat in ("none", "report", "full")]
-KEPT += [
-    ("report", "bfloat16", '{"attention_cache": "e4m3", "swiglu_cache": "compute"}'),
-    ("report", "bfloat16", '{"tile": 16}'),
-]
+KEPT += [(remat, "bfloat16", "report") for remat in ("none", "report")]
+OTHERS = ('{"attention_cache": "e4m3", "swiglu_cache": "compute"}', '{"tile": 16}')
+SLOW = [("full", "bfloat16", "report"), *(("report", "bfloat16", fp8) for fp8 in OTHERS)]
+KEPT += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
 @pytest.mark.parametrize(("remat", "compute_dtype", "fp8"), KEPT)

@@ -50,7 +50,9 @@ def test_a_device_sends_and_computes_what_the_program_says(layout):
     assert flops(jaxpr) - unread == executed(share).total * share.tokens
 
 
-@pytest.mark.parametrize("fp8", ["report", '{"tile": 16}', '{"power_of_two": "nowhere"}', '{"gradient_scaling": "block"}'])
+@pytest.mark.parametrize("fp8", ["report", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in (
+    '{"tile": 16}', '{"power_of_two": "nowhere"}', '{"gradient_scaling": "block"}'
+))])  # fmt: skip
 def test_fp8_sends_what_the_program_says_and_halves_the_dispatch(fp8):
     changes = dict(
         batch_size=16, batch_size_start=16, remat="report", compute_dtype="bfloat16", exchange="ragged", exchange_buffer=1.0,
