@@ -84,14 +84,17 @@ def fp8_routed_experts(
     """As `moe.experts.routed_experts`, in the formats of `config.fp8`; the experts' gradients come in their own dtype.
 
     Experts that are `Quantised` (of a released checkpoint) are multiplied as they are, and have no gradient.
-    Raises ValueError for an implementation that has no FP8.
+    Raises ValueError for an implementation that has no FP8, or not the recipe's accumulation.
     """
-    if implementation == "auto":
-        implementation = "bucketed" if jax.default_backend() == "cpu" else "ragged_dot"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: FP8 has {' and '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     up, down = products(config, "experts.up_proj"), products(config, "experts.down_proj")
     assert up is not None and down is not None, config.fp8
+    emulated = up.accumulation.fidelity != "float32"
+    if implementation == "auto":
+        implementation = "bucketed" if emulated or jax.default_backend() == "cpu" else "ragged_dot"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: FP8 has {' and '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    if emulated and implementation == "ragged_dot":
+        raise ValueError(f"implementation: ragged_dot accumulates in float32, got fp8 with {up.accumulation}; take bucketed")
     how = How(up, down, swiglu_cache(config), implementation)
     weights, histories = zip(*(parted(experts[name]) for name in ("gate_proj", "up_proj", "down_proj")), strict=True)
     inputs = x_ND, gates_NK, weights, histories

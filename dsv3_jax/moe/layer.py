@@ -53,7 +53,8 @@ def moe(
     flat = (batch * length, -1)
     implementation = config.experts_implementation
     if implementation == "auto" and placement is not None:
-        implementation = "bucketed" if placement.platform == "cpu" else "ragged_dot"
+        emulated = config.fp8 is not None and config.fp8.accumulation != "float32"
+        implementation = "bucketed" if emulated or placement.platform == "cpu" else "ragged_dot"
     if config.fp8 is None:
         experts = {n: w if is_stored(w) else w.astype(u_BTD.dtype) for n, w in params["experts"].items()}
         here = partial(routed_experts, implementation=implementation)

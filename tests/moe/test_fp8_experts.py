@@ -297,6 +297,8 @@ def test_an_implementation_without_fp8_is_refused():
     x, indices, gates, experts, _ = inputs(random_choices(3, 1, 2), 2)
     with pytest.raises(ValueError, match="FP8 has bucketed and ragged_dot, got 'dense'"):
         apply(x, indices, gates, experts, RECIPES["report"], "dense")
+    with pytest.raises(ValueError, match="ragged_dot accumulates in float32"):
+        apply(x, indices, gates, experts, TENSOR_CORE["promoted_aligned"], "ragged_dot")
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(4096 // 16, 7168 // 16), (7168 // 16, 2048 // 16)])
