@@ -28,7 +28,7 @@ class Format:
     def bits(self) -> int:
         return 1 + self.exponent_bits + self.mantissa_bits
 
-    def packed_size(self, size: int) -> int:
+    def packed_size(self, size: Any) -> Any:
         """Bytes of `size` values in a row."""
         return size if self.bits == 8 else size + -(-size // 2)
 

@@ -4,7 +4,6 @@ s = max(amax, floor) / largest, optionally raised to a power of two; q = round(x
 A tile of zeros gives zeros. An infinity or a NaN makes all of its tile NaN: a step that meets one is seen to be broken.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +35,7 @@ class Quantiser:
     def row_bytes(self, size: Any) -> Any:
         """Bytes of `size` values packed, their scales included: one each, or four."""
         side = self.tile[1] or size
-        return size * self.form.bits / 8 + -(-size // side) * (1 if self.power_of_two else 4)
+        return self.form.packed_size(size) + -(-size // side) * (1 if self.power_of_two else 4)
 
     def __str__(self) -> str:
         if self.tile == (WHOLE, WHOLE):
@@ -134,11 +133,6 @@ def with_scale_bits(matrix: Quantised) -> Quantised:
     return replace(matrix, scale=bits.astype(jnp.uint8))
 
 
-def fake(x: Float[Array, "*stack M K"], how: Quantiser) -> Float[Array, "*stack M K"]:
-    """x as it is after rounding, in float32."""
-    return quantise(x, how).astype(jnp.float32)
-
-
 def _sides(tile: tuple[int, int], shape: tuple[int, ...]) -> list[int]:
     """A tile's sides within a matrix."""
     return [min(side or size, size) or 1 for side, size in zip(tile, shape[-2:], strict=True)]
@@ -159,7 +153,3 @@ def _spread(scale: Array, tile: tuple[int, int], shape: tuple[int, ...]) -> Arra
         if 1 < side < size:
             scale = lax.slice_in_dim(jnp.repeat(scale, side, axis=axis), 0, size, axis=axis)
     return scale
-
-
-def n_values(matrix: Quantised) -> int:
-    return math.prod(matrix.shape)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from dsv3_jax.fp8.formats import E4M3, E5M2, E5M6, FORMATS
 from dsv3_jax.fp8.linear import packed
-from dsv3_jax.fp8.quantize import WHOLE, Quantiser, fake, n_values, quantise, raised, with_scale_bits
+from dsv3_jax.fp8.quantize import WHOLE, Quantiser, quantise, raised, with_scale_bits
 from oracles import numpy_fp8
 
 quantised = jax.jit(quantise, static_argnums=1)
@@ -67,7 +67,7 @@ def test_a_tile_of_zeros_gives_zeros_with_the_floor_s_scale():
 )
 def test_each_tile_has_one_scale(shape, tile, scales):
     got = jax.eval_shape(lambda x: quantise(x, Quantiser(tile=tile)), jax.ShapeDtypeStruct(shape, jnp.float32))
-    assert got.scale.shape == scales and got.values.shape == got.shape == shape and n_values(got) == np.prod(shape)
+    assert got.scale.shape == scales and got.values.shape == got.shape == shape
 
 
 QUANTISERS = st.builds(
@@ -170,15 +170,15 @@ def test_raised_scales_are_powers_of_two_up_to_twice_as_large():
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def test_rounding_once_more_in_the_same_tiles_with_powers_of_two_changes_nothing(form):
     how = Quantiser(form, (1, 8), power_of_two=True, floor=1e-30)
-    once = fake(jnp.asarray(normal(50, 40, spread=6)), how)
-    np.testing.assert_array_equal(fake(once, how), once)
+    once = quantise(jnp.asarray(normal(50, 40, spread=6)), how).astype(jnp.float32)
+    np.testing.assert_array_equal(quantise(once, how).astype(jnp.float32), once)
 
 
 def test_powers_of_two_carry_over_from_rows_to_columns_without_error_and_others_do_not():
     x = normal(256, 200, spread=1)
     for power_of_two in (True, False):
         how = Quantiser(power_of_two=power_of_two)
-        once = np.asarray(fake(jnp.asarray(x), how))
+        once = np.asarray(quantise(jnp.asarray(x), how).astype(jnp.float32))
         again = quantised(jnp.asarray(once), how.transposed)
         s = numpy_fp8.spread(np.asarray(again.scale), x.shape, (128, 1))
         is_normal = np.abs(once) >= s * 2**-6
