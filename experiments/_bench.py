@@ -106,3 +106,15 @@ def ratios(pairs: Sequence[tuple[Line, Line]]) -> Line:
             line[quantity] = round(statistics.median(each), 3)
             line[f"{quantity}_pairs"] = [round(value, 3) for value in each]
     return line
+
+
+FP8_TARGET = 1.6  # of step_time
+
+
+def fp8_ratios(pairs: Sequence[tuple[Line, Line]], fp8: str) -> Line:
+    """FP8 over BF16; times are the inverse of the tokens' a second, pair by pair."""
+    line = {**ratios(pairs), "what": "train: ratio fp8/bfloat16", "fp8": fp8}
+    for name, speed in (("step_time", "tokens_per_s"), ("step_cpu_time", "tokens_per_cpu_s")):
+        each = [without[speed] / ours[speed] for ours, without in pairs]
+        line |= {name: round(statistics.median(each), 3), f"{name}_pairs": [round(value, 3) for value in each]}
+    return line | {"target": FP8_TARGET}

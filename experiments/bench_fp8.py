@@ -11,15 +11,12 @@ which values are rounded, packed and unpacked. Two to four minutes a pair, on tw
 """
 
 import json
-import statistics
 import sys
 
 from absl import app, flags
 
 from dsv3_jax.settings import parse_settings
 from experiments import _bench
-
-TARGET = 1.6  # of step_time
 
 _SIZES = flags.DEFINE_list("sizes", ["bench", "mid"], "Presets whose training step is timed; may be empty.")
 _FP8 = flags.DEFINE_string("fp8", "report", "The recipe, as in --set=fp8=: report, or JSON.")
@@ -62,15 +59,6 @@ def _step(size: str, fp8: str) -> _bench.Line:
     return line
 
 
-def compared(pairs: list[tuple[_bench.Line, _bench.Line]], fp8: str) -> _bench.Line:
-    """The line of ratios, FP8 over BF16; times are the inverse of the tokens' a second, pair by pair."""
-    line = {**_bench.ratios(pairs), "what": "train: ratio fp8/bfloat16", "fp8": fp8}
-    for name, speed in (("step_time", "tokens_per_s"), ("step_cpu_time", "tokens_per_cpu_s")):
-        each = [without[speed] / ours[speed] for ours, without in pairs]
-        line |= {name: round(statistics.median(each), 3), f"{name}_pairs": [round(value, 3) for value in each]}
-    return line | {"target": TARGET}
-
-
 def _child(products: list[tuple[int, ...]], passes: list[tuple[int, ...]]) -> None:
     from experiments import _bench_fp8
 
@@ -105,7 +93,7 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--fp8: expected a recipe, got {_FP8.value!r}; without one is the other side of the pair")
         for size in _SIZES.value:
             pairs = _bench.alternate(lambda: _step(size, _FP8.value), lambda: _step(size, "null"), _PAIRS.value)  # noqa: B023
-            _print(compared(pairs, _FP8.value))
+            _print(_bench.fp8_ratios(pairs, _FP8.value))
         if products or passes:
             _parts()
     except (ValueError, OSError) as error:

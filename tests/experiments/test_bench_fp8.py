@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import _bench_fp8, bench_fp8
+from experiments import _bench, _bench_fp8
 
 
 def test_a_step_that_takes_longer_in_fp8_has_a_step_time_above_one_and_fewer_tokens():
@@ -15,7 +15,7 @@ def test_a_step_that_takes_longer_in_fp8_has_a_step_time_above_one_and_fewer_tok
         ({"size": "mid", "tokens_per_s": ours, "tokens_per_cpu_s": 40.0, "peak_rss_mb": 300}, bf16)
         for ours in (50.0, 80.0, 40.0, 25.0)
     ]
-    line = bench_fp8.compared(pairs, "report")
+    line = _bench.fp8_ratios(pairs, "report")
     assert line["step_time_pairs"] == [2.0, 1.25, 2.5, 4.0]
     assert line["step_time"] == 2.25 and line["tokens_per_s"] == 0.45  # of an even number of pairs no inverses
     assert line["step_cpu_time"] == 1.5 and line["step_cpu_time_pairs"] == [1.5] * 4
@@ -26,8 +26,8 @@ def test_a_step_that_takes_longer_in_fp8_has_a_step_time_above_one_and_fewer_tok
 def test_every_fidelity_and_reading_of_a_product_is_set_beside_float32():
     lines = list(_bench_fp8.products((8, 256, 16), rounds=3))
     assert [line["accumulation"] for line in lines] == [
-        *("14 bits, accumulator aligned, float32 each 128", "14 bits, accumulator apart, float32 each 128"),
-        *("14 bits, accumulator aligned, no promotion", "14 bits, accumulator apart, no promotion"),
+        *("14 bits aligned, f32 each 128", "14 bits apart, f32 each 128"),
+        *("14 bits aligned", "14 bits apart"),
     ]
     for line in lines:
         assert line["shape"] == "[8, 256] x [256, 16]"
