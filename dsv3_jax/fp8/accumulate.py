@@ -44,7 +44,7 @@ class Accumulation:
         if self.fidelity == "float32":
             return "float32"
         bits = f"{KEPT_BITS} bits {self.reading}"
-        return f"{bits}, f32 each {self.interval}" if self.fidelity == "promoted" else bits
+        return f"{bits}, f32/{self.interval}" if self.fidelity == "promoted" else bits
 
 
 def product(a: Quantised, b: Quantised, how: Accumulation, start: Float[Array, "M N"] | None = None) -> Float[Array, "M N"]:

@@ -104,7 +104,7 @@ class Row(NamedTuple):
     kept: str  # between forward and backward pass; -: recomputed
 
 
-LEGEND = "tiles: values that share a scale, in e4m3 unless another format is named; 2^n: scales that are powers of two"
+LEGEND = "1x128: values that share a scale, e4m3 unless named; 2^n: powers of two; -: recomputed"
 
 
 def table(config: Config) -> list[Row]:
@@ -133,7 +133,7 @@ def table(config: Config) -> list[Row]:
     ]
     rows += map(linear, _projections(model))
     rows += [
-        Row("attention core", f"{compute}, softmax float32", compute, "", recomputed(compute)),
+        Row("attention core", f"{compute}, softmax f32", compute, "", recomputed(compute)),
         linear("o_proj", attention_kept),
     ]
     if model.n_dense_layers or model.n_shared_experts:
@@ -150,10 +150,10 @@ def table(config: Config) -> list[Row]:
         rows.append(linear("eh_proj"))
     sums = "float32" if model.fp8 or config.train.n_micro_batches > 1 else f"{compute}, {params}"
     return rows + [
-        Row("lm_head, loss", f"{compute}, softmax float32", compute, compute, compute),
+        Row("lm_head, loss", f"{compute}, softmax f32", compute, compute, compute),
         Row("sums of products", accumulation(model), "as Fprop", "as Fprop", ""),
         Row("weight gradients", "", "", sums, ""),
-        Row("AdamW", "float32", "", "", f"{config.train.moment_dtype}, masters float32"),
+        Row("AdamW", "float32, masters too", "", "", config.train.moment_dtype),
         Row("router bias, counts", "float32, int32", "", "", "float32"),
     ]
 

@@ -26,7 +26,7 @@ def test_a_step_that_takes_longer_in_fp8_has_a_step_time_above_one_and_fewer_tok
 def test_every_fidelity_and_reading_of_a_product_is_set_beside_float32():
     lines = list(_bench_fp8.products((8, 256, 16), rounds=3))
     assert [line["accumulation"] for line in lines] == [
-        *("14 bits aligned, f32 each 128", "14 bits apart, f32 each 128"),
+        *("14 bits aligned, f32/128", "14 bits apart, f32/128"),
         *("14 bits aligned", "14 bits apart"),
     ]
     for line in lines:

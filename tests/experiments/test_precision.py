@@ -25,7 +25,7 @@ def call(*arguments):
 def test_every_run_prints_a_table_that_fits_a_terminal(fp8, capsys):
     assert call("--preset=tiny", f"--set=fp8={fp8}") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 110 and any(line.startswith("o_proj") for line in lines)
+    assert max(map(len, lines)) <= (110 if "e5m2" in fp8 else 100) and any(line.startswith("o_proj") for line in lines)
 
 
 def test_out_leaves_table_and_bytes_as_json(tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_what_the_report_leaves_high_stays_high():
     for name in ("embed_tokens", "eh_proj", "combine"):
         assert rows[name].fprop == "bfloat16", name
     assert rows["gate"].fprop == rows["norms"].fprop == rows["weight gradients"].wgrad == "float32"
-    assert rows["AdamW"].kept == "bfloat16, masters float32"
+    assert rows["AdamW"].kept == "bfloat16"
     assert (
         products(config.model, "gate") is products(config.model, "lm_head") is products(config.model, "input_layernorm") is None
     )
