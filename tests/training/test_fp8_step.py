@@ -50,7 +50,8 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("remat", ["report", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["report", "full"])
 def test_rematerialisation_changes_a_step_by_no_more_than_roundings_that_flip(remat):
     plain, again = (stepped(config_of(fp8="report", remat=r))[1]["grad_norm"] for r in ("none", remat))
     assert float(abs(plain - again) / plain) < 1e-3
@@ -121,6 +122,7 @@ def test_delayed_scaling_remembers_the_last_steps_magnitudes_the_newest_first():
     assert first.amax["norm"] is None and first.amax["moe_layers"]["mlp"]["gate"] is None
 
 
+@pytest.mark.slow
 def test_delayed_scaling_is_tensor_scaling_until_there_is_a_history():
     delayed, tensor = (stepped(config_of(fp8=f'{{"scaling": "{s}"}}'))[1] for s in ("delayed", "tensor"))
     assert float(delayed["loss"]) == float(tensor["loss"]) and float(delayed["grad_norm"]) == float(tensor["grad_norm"])
