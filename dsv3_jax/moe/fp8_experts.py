@@ -55,9 +55,8 @@ class Rows(NamedTuple):
     """Where the rows lie. X: aligned rows, R and at most `block` - 1 more an expert."""
 
     source_X: Array  # the flat choice n * K + k of each row; R where there is none
-    row_NK: Array
+    row_NK: Array  # the row of each token's k-th choice; their number where it is of no expert
     count_E: Array  # aligned: multiples of the block
-    first_E: Array
 
 
 def _rows(plan: Plan, block: int) -> Rows:
@@ -69,7 +68,7 @@ def _rows(plan: Plan, block: int) -> Rows:
     shift_E = jnp.append(first_E - plan.start_E, size)  # rows of no expert fall off the end
     place_R = jnp.minimum(jnp.arange(n_rows, dtype=jnp.int32) + shift_E[expert_R], size).astype(jnp.int32)
     source_X = jnp.full(size, n_rows, jnp.int32).at[place_R].set(plan.choice_R, mode="drop")
-    return Rows(source_X, jnp.append(place_R, 0)[plan.row_NK], count_E, first_E)
+    return Rows(source_X, jnp.append(place_R, 0)[plan.row_NK], count_E)
 
 
 def fp8_routed_experts(
@@ -118,7 +117,7 @@ def _forward(x_ND: Array, gates_NK: Array, weights: Weights, histories: Historie
     a_XF = jax.nn.silu(g_XF) * u_XF * _gates(gates_NK, rows)
     y_XD = grouped(quantise(a_XF, how.down.x, before[2].x), down, of=how.down)
     kept = remat.name(tuple(keep(v, how.cache) if how.cache else v for v in (g_XF, u_XF)), remat.SWIGLU_INPUT)
-    y_ND = _sum(y_XD, rows, plan).astype(x_ND.dtype)
+    y_ND = _sum(y_XD, rows).astype(x_ND.dtype)
     amax_x = None if histories[0] is None else magnitude(x_ND)
     return y_ND, (x, gates_NK, weights, histories, amax_x, plan, kept)
 
@@ -147,8 +146,8 @@ def _backward(how: How, saved: Any, dy_ND: Array) -> Any:
     dy_wgrad = quantise(dy_XD.astype(jnp.float32), how.down.gradient_wgrad, before[2].gradient)
     ddown = outer(quantise(a_XF, how.down.x_wgrad, before[2].x), dy_wgrad, of=how.down)
 
-    dx_ND = _sum(dx_XD, rows, plan).astype(dy_ND.dtype)
-    dgates_NK = jnp.where(_is_row(rows, plan), dgates_X[jnp.minimum(rows.row_NK, dgates_X.shape[0] - 1)], 0)
+    dx_ND = _sum(dx_XD, rows).astype(dy_ND.dtype)
+    dgates_NK = jnp.append(dgates_X, 0)[rows.row_NK]
     dweights = tuple(d.astype(w.dtype) for d, w in zip((dgate, dup, ddown), weights, strict=True))
     operands = (amax_x, dg_XF), (amax_x, du_XF), (magnitude(a_XF), dy_ND)
     now = tuple(observed(h, x, w, dy) for h, w, (x, dy) in zip(histories, weights, operands, strict=True))
@@ -181,15 +180,9 @@ def _gates(gates_NK: Array, rows: Rows) -> Array:
     return jnp.append(gates_NK.reshape(-1), 0)[rows.source_X][:, None]
 
 
-def _is_row(rows: Rows, plan: Plan) -> Array:
-    """Which choices have a row, [N, K]: all but those of no expert."""
-    return plan.row_NK < plan.start_E[-1] + plan.count_E[-1]
-
-
-def _sum(rows_XD: Array, rows: Rows, plan: Plan) -> Array:
-    """Each token's rows, summed in float32."""
-    row_NK = jnp.where(_is_row(rows, plan), rows.row_NK, rows_XD.shape[0])
-    return sum_rows(jnp.pad(rows_XD, ((0, 1), (0, 0))), row_NK)
+def _sum(rows_XD: Array, rows: Rows) -> Array:
+    """Each token's rows, summed in float32; a choice of no expert takes the row of zeros after the last."""
+    return sum_rows(jnp.pad(rows_XD, ((0, 1), (0, 0))), rows.row_NK)
 
 
 def _grouped(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) -> Array:
