@@ -1,6 +1,6 @@
 """What does a model say of given tokens, and what did every router choose? The way to compare this port with another.
 
-    python -m experiments.score --checkpoint=DIR --tokens=T.npy --out=O.npz [--dtype=bfloat16] [--stream_layers]
+    python -m experiments.score --checkpoint=DIR --tokens=T.npy --out=O.npz [--dtype=bfloat16] [--fp8] [--stream_layers]
 
 DIR: a released Hugging Face folder, one that `experiments.convert` wrote, or a training run's; T: integers [batch, seq].
 O holds `logits` [B,T,V] and `hidden` [B,T,D] (after the final norm), float32; `router_indices` [L,B,T,K] int32, of the main
@@ -8,7 +8,8 @@ model's MoE layers, by descending biased score; `router_weights`, float32, align
 and `mtp_router_indices` [depth,B,T,K]: row i of depth k is fed by positions i and i+k and predicts i+k+1; unused rows hold NaN
 and -1.
 `--stream_layers` reads one layer at a time: a model larger than memory needs one layer and the activations. `--set=layout=...`
-divides the rows, and the experts, among all devices.
+divides the rows, and the experts, among all devices. `--fp8` multiplies as released code serves [§3.3]: inputs of linear layers
+rounded in tiles of 1 x 128, FP8 weights as they are stored, others rounded in blocks.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from dsv3_jax.config import Config, ParallelConfig
+from dsv3_jax.fp8.precision import SERVING
 from dsv3_jax.inference.score import InMemory, Streamed, Supply, check_tokens, score, write_scores
 from dsv3_jax.interop.read import load_bias, load_parameters
 from dsv3_jax.interop.source import open_source
@@ -35,6 +37,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("tokens", None, ".npy file, integers [batch, seq]", flag_values=values)
     flags.DEFINE_string("out", None, ".npz file to write", flag_values=values)
     flags.DEFINE_string("dtype", "float32", f"to compute in: {' or '.join(DTYPES)}", flag_values=values)
+    flags.DEFINE_bool("fp8", False, "round the inputs of linear layers too", flag_values=values)
     flags.DEFINE_bool("stream_layers", False, "read one layer at a time from disk", flag_values=values)
     flags.DEFINE_bool("mtp", True, "the MTP modules too", flag_values=values)
     flags.DEFINE_bool("average", False, "a run's averaged weights", flag_values=values)
@@ -63,13 +66,15 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(f"--out: expected a file in a folder that is there, got {out}")
     source = open_source(values.checkpoint, compute_dtype=values.dtype, mtp=values.mtp, average=values.average)
+    if values.fp8:
+        source = source._replace(config=dataclasses.replace(source.config, fp8=SERVING))
     check_tokens(tokens, source.config)
     placement = placement_from(values.set, source.config.n_routed_experts)
     supply: Supply
     if values.stream_layers or placement is not None:
         supply = Streamed(source.tensors, source.config, values.dtype, placement)
     else:
-        params = load_parameters(source.tensors, source.config, values.dtype)
+        params = load_parameters(source.tensors, source.config, values.dtype, keep_fp8=values.fp8)
         supply = InMemory(params, load_bias(source.tensors, source.config), source.config)
     scores = score(supply, tokens, progress=True)
     write_scores(out, scores)

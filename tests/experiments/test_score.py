@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
+from dsv3_jax.fp8.precision import SERVING
+from dsv3_jax.inference.loaded import load
 from experiments import _cli
 from experiments import score as program
 from oracles.cases import DATA, load_case
@@ -43,6 +45,18 @@ def test_the_file_holds_the_scores(tmp_path, tokens, capsys):
             np.testing.assert_array_equal(whole[name], stream[name], err_msg=name)
         # Two correct float32 implementations differ by 1.5e-5.
         np.testing.assert_allclose(whole["logits"], expected["logits"], rtol=0, atol=4e-5)
+
+
+def test_fp8_is_that_of_load_and_the_same_from_memory_and_from_disk(tmp_path):
+    ids, folder = load_case("fp8").expected["input_ids"].astype(np.int64), DATA / "fp8"
+    np.save(tmp_path / "t.npy", ids)
+    for name, flags in (("exact", []), ("whole", ["--fp8"]), ("stream", ["--fp8", "--stream-layers"])):
+        out = tmp_path / f"{name}.npz"
+        assert program.main(parsed(f"--checkpoint={folder}", f"--tokens={tmp_path / 't.npy'}", f"--out={out}", *flags)) == 0
+    exact, whole, stream = (np.load(tmp_path / f"{name}.npz")["logits"] for name in ("exact", "whole", "stream"))
+    np.testing.assert_array_equal(whole, stream)
+    np.testing.assert_array_equal(whole, load(folder, keep_fp8=True, fp8=SERVING).score(ids).logits)
+    assert 1e-4 < np.linalg.norm(whole - exact) / np.linalg.norm(exact) < 0.5
 
 
 def hostile_tokens(path, kind):
