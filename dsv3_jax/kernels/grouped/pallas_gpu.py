@@ -1,0 +1,138 @@
+"""The grouped products on GPU's tensor cores, through Triton.
+
+A program takes a block of columns and one entry of the list of (group, tile of rows), and writes the rows of its group alone:
+each row is written once. Operands whose sides are no multiples of the blocks are padded first, so that no load is guarded.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from dsv3_jax.kernels.grouped.call import PARTIAL, Epilogue, Out
+from dsv3_jax.kernels.grouped.work import make_work
+
+
+class Blocks(NamedTuple):
+    """Of a product [R, I] x [I, O]: rows, channels of the contraction, columns; powers of two, as Triton has it."""
+
+    rows: int
+    inner: int
+    outer: int
+    warps: int
+    stages: int
+
+
+# By the number of weights that a row is multiplied with at once.
+PRODUCTS = {1: Blocks(128, 64, 128, 8, 3), 2: Blocks(64, 64, 128, 8, 3)}
+OUTER = Blocks(64, 128, 128, 8, 3)
+
+
+def products(
+    x_RI: jax.Array,
+    weights: Sequence[jax.Array],
+    extras: Sequence[jax.Array],
+    count_E: jax.Array,
+    outs: Sequence[Out],
+    epilogue: Epilogue,
+    *,
+    transposed: bool,
+    name: str,
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
+    """As `call.Products`."""
+    (rows, inner), n_groups, blocks = x_RI.shape, weights[0].shape[0], PRODUCTS[len(weights)]
+    outer = weights[0].shape[1 if transposed else 2]
+    x_RI = _padded(x_RI, blocks.rows, blocks.inner)
+    sides = (blocks.outer, blocks.inner) if transposed else (blocks.inner, blocks.outer)
+    weights = [_padded(w, *sides) for w in weights]
+    extras = [_padded(v, blocks.rows, 1 if v.shape[1] == 1 else blocks.outer) for v in extras]
+    height, n_outer, n_inner = x_RI.shape[0], pl.cdiv(outer, blocks.outer), pl.cdiv(inner, blocks.inner)
+    none = height - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
+    work = make_work(jnp.append(count_E, none), height, blocks.rows)
+    widths = [PARTIAL if out.partial else blocks.outer for out in outs]
+
+    def kernel(group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, *refs: Any) -> None:
+        ws, more, ys = refs[: len(weights)], refs[len(weights) : len(weights) + len(extras)], refs[-len(outs) :]
+        j, s = pl.program_id(0), pl.program_id(1)
+        group = group_S[s]
+
+        @pl.when(group <= n_groups)  # behind the list's end there is nothing
+        def entry() -> None:
+            row = tile_S[s] * blocks.rows + jnp.arange(blocks.rows, dtype=jnp.int32)
+            own = ((row >= first_G[group]) & (row < end_G[group]))[:, None]
+            rows_at, at, matrix = _at(tile_S[s], blocks.rows), _at(j, blocks.outer), jnp.minimum(group, n_groups - 1)
+
+            def add(k: Any, totals: Any) -> Any:
+                a, k_at = x[rows_at, _at(k, blocks.inner)], _at(k, blocks.inner)
+                pieces = [w[matrix, at, k_at].T if transposed else w[matrix, k_at, at] for w in ws]
+                return tuple(total + _dot(a, b) for total, b in zip(totals, pieces, strict=True))
+
+            zeros = tuple(jnp.zeros((blocks.rows, blocks.outer), jnp.float32) for _ in ws)
+            totals = lax.fori_loop(0, jnp.where(group < n_groups, n_inner, 0), add, zeros)
+            beside = [(v[rows_at, :] if v.shape[1] == 1 else v[rows_at, at]).astype(jnp.float32) for v in more]
+            for y, value, width in zip(ys, epilogue(totals, beside), widths, strict=True):
+                value = jnp.where(group < n_groups, value, 0.0).astype(y.dtype)
+                plgpu.store(y.at[rows_at, _at(j, width)], value, mask=jnp.broadcast_to(own, value.shape))
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct((height, n_outer * w), out.dtype) for w, out in zip(widths, outs, strict=True)],
+        grid=(n_outer, work.group_S.shape[0]),
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        name=name,
+        interpret=interpret,
+    )
+    found = call(*work[:4], x_RI, *weights, *extras)
+    return tuple(y[:rows] if out.partial else y[:rows, :outer] for y, out in zip(found, outs, strict=True))
+
+
+def outer_products(x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtype: Any, name: str, interpret: Any) -> jax.Array:
+    """As `call.OuterProducts`."""
+    (_, inner), outer, n_groups, blocks = x_RI.shape, y_RO.shape[1], count_E.shape[0], OUTER
+    x_RI, y_RO = _padded(x_RI, blocks.rows, blocks.inner), _padded(y_RO, blocks.rows, blocks.outer)
+    end_E = jnp.cumsum(count_E, dtype=jnp.int32)
+    n_inner, n_outer = x_RI.shape[1] // blocks.inner, y_RO.shape[1] // blocks.outer
+
+    def kernel(first_E: Any, end_E: Any, x: Any, y: Any, w: Any) -> None:
+        i_at, o_at, group = _at(pl.program_id(0), blocks.inner), _at(pl.program_id(1), blocks.outer), pl.program_id(2)
+        first, end = first_E[group], end_E[group]
+
+        def add(tile: Any, total: Any) -> Any:
+            row = tile * blocks.rows + jnp.arange(blocks.rows, dtype=jnp.int32)
+            own, at = ((row >= first) & (row < end))[:, None], _at(tile, blocks.rows)
+            a, b = (jnp.where(own, v[at, side], jnp.zeros((), v.dtype)) for v, side in ((x, i_at), (y, o_at)))
+            return total + _dot(a.T, b)
+
+        tiles = lax.div(first, blocks.rows), lax.div(end + blocks.rows - 1, blocks.rows)
+        total = lax.fori_loop(*tiles, add, jnp.zeros((blocks.inner, blocks.outer), jnp.float32))
+        w[group, i_at, o_at] = total.astype(w.dtype)
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((n_groups, n_inner * blocks.inner, n_outer * blocks.outer), dtype),
+        grid=(n_inner, n_outer, n_groups),
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        name=name,
+        interpret=interpret,
+    )
+    return call(end_E - count_E, end_E, x_RI, y_RO)[:, :inner, :outer]
+
+
+def _at(i: Any, size: int) -> Any:
+    return pl.ds(i * size, size)
+
+
+def _padded(x: jax.Array, *sides: int) -> jax.Array:
+    """The last two axes to multiples of `sides`, by zeros."""
+    extra = [(0, -size % side) for size, side in zip(x.shape[-2:], sides, strict=True)]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + extra) if any(after for _, after in extra) else x
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

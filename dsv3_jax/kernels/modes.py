@@ -1,0 +1,45 @@
+"""How a kernel's implementation is named, and where it runs.
+
+`pallas_tpu` and `pallas_gpu` are compiled for their chips and run nowhere else. With `:interpret` the same kernel runs
+anywhere, as plain array operations; `pallas_tpu:simulate` runs it on simulated memories, copies and semaphores, slowly, and
+reports races.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+
+class Mode(NamedTuple):
+    implementation: str
+    interpret: Any = False  # as `pallas_call` takes it
+
+
+def mode_of(name: str, known: Sequence[str]) -> Mode:
+    """Raises ValueError if `name` is none of `known`, or no way to run it. `auto` is the first of them for this platform."""
+    implementation, _, how = name.partition(":")
+    ways: dict[str, Any] = {"": False, "interpret": True}
+    if implementation == "pallas_tpu":
+        ways["simulate"] = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    pallas = implementation.startswith("pallas_")
+    if implementation not in known or how not in (ways if pallas else ("",)):
+        raise ValueError(
+            f"implementation: expected one of {', '.join(known)} (Pallas: also :interpret, on TPU :simulate), got {name!r}"
+        )
+    return Mode(implementation, ways[how])
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh around, or else of the default device."""
+    if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return device.platform
+    return jax.default_backend()
+
+
+def chip() -> str:
+    """The kind of device, as JAX names it: of the mesh around, or else of the default device."""
+    if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return device.device_kind
+    return jax.devices()[0].device_kind

@@ -1,0 +1,244 @@
+"""The grouped products: every implementation against a loop over rows in float64 NumPy, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.kernels.grouped import pallas_gpu, pallas_tpu
+from dsv3_jax.kernels.grouped.api import grouped_product, grouped_swiglu
+from dsv3_jax.kernels.grouped.work import make_work
+from oracles.unchecked import unchecked
+
+IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu:interpret", "pallas_gpu:interpret"]
+SMALL_TPU = pallas_tpu.Blocks(rows=32, inner=128, outer=256, height=16, columns=128)
+SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks along every side already of small operands."""
+    monkeypatch.setattr(pallas_tpu, "PRODUCTS", {1: SMALL_TPU, 2: SMALL_TPU})
+    monkeypatch.setattr(pallas_tpu, "OUTER", SMALL_TPU)
+    monkeypatch.setattr(pallas_gpu, "PRODUCTS", {1: SMALL_GPU, 2: SMALL_GPU})
+    monkeypatch.setattr(pallas_gpu, "OUTER", SMALL_GPU)
+
+
+def group_of(count, rows):
+    """Of every row; len(count) for rows of none."""
+    owner = np.repeat(np.arange(len(count)), count)
+    return np.concatenate([owner, np.full(rows - len(owner), len(count))])
+
+
+def numpy_product(x, w, count):
+    y = np.zeros((len(x), w.shape[2]))
+    for r, e in enumerate(group_of(count, len(x))):
+        if e < len(count):
+            y[r] = x[r] @ w[e]
+    return y
+
+
+def numpy_outer(x, y, count):
+    w = np.zeros((len(count), x.shape[1], y.shape[1]))
+    for r, e in enumerate(group_of(count, len(x))):
+        if e < len(count):
+            w[e] += np.outer(x[r], y[r])
+    return w
+
+
+def numpy_swiglu(x, gates, gate, up, down, count, dy):
+    """The result, and the gradients of <result, dy> with respect to all operands."""
+    y, dx, dgates = np.zeros_like(x), np.zeros_like(x), np.zeros_like(gates)
+    dgate, dup, ddown = (np.zeros_like(w) for w in (gate, up, down))
+    for r, e in enumerate(group_of(count, len(x))):
+        if e == len(count):
+            continue
+        g, u = x[r] @ gate[e], x[r] @ up[e]
+        s = 1 / (1 + np.exp(-g))
+        h = g * s * u
+        y[r] = gates[r] * h @ down[e]
+        dh = down[e] @ dy[r]
+        dgates[r] = dh @ h
+        dg, du = gates[r] * dh * u * (s + g * s * (1 - s)), gates[r] * dh * g * s
+        dx[r] = gate[e] @ dg + up[e] @ du
+        dgate[e] += np.outer(x[r], dg)
+        dup[e] += np.outer(x[r], du)
+        ddown[e] += np.outer(gates[r] * h, dy[r])
+    return y, dx, dgates, dgate, dup, ddown
+
+
+def near(ours, theirs, magnitudes, dtype, terms, roundings=1):
+    """Within float32 sums of `terms` numbers, whose magnitudes add up to these, and `roundings` to the dtype on the way."""
+    unit = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-23
+    ours = np.asarray(ours, np.float64)
+    assert ours.shape == theirs.shape and np.isfinite(ours).all()
+    allowed = magnitudes * (terms * 2.0**-24 + roundings * unit)
+    worst = np.max(np.abs(ours - theirs) - allowed, initial=-1.0)
+    assert worst <= 1e-30, worst
+
+
+@st.composite
+def problems(draw):
+    counts = draw(st.lists(st.one_of(st.just(0), st.integers(0, 5), st.integers(30, 70)), min_size=1, max_size=5))
+    rows = sum(counts) + draw(st.integers(0, 20))
+    sides = draw(st.sampled_from([(1, 1), (3, 200), (160, 5), (128, 256), (136, 300), (300, 130)]))
+    return counts, rows, sides, draw(st.integers(0, 2**16)), draw(st.sampled_from([1e-12, 1.0, 1e12]))
+
+
+def numbers(rng, shape, dtype, scale=1.0):
+    return jnp.asarray(scale * rng.normal(size=shape), dtype)
+
+
+def poisoned(x, used):
+    return x.at[used:].set(jnp.nan)
+
+
+def check_products(implementation, dtype, problem):
+    counts, rows, (inner, outer), seed, scale = problem
+    rng, used = np.random.default_rng(seed), sum(counts)
+    x, w = numbers(rng, (rows, inner), dtype, scale), numbers(rng, (len(counts), inner, outer), dtype)
+    dy, count = numbers(rng, (rows, outer), dtype), jnp.asarray(counts, jnp.int32)
+
+    def run(x, w):
+        return grouped_product(x, w, count, implementation=implementation)
+
+    y, pull_back = jax.vjp(run, poisoned(x, used), w)
+    dx, dw = pull_back(poisoned(dy, used))
+    assert y.dtype == dx.dtype == dw.dtype == dtype
+
+    def expected(x, w, dy):
+        return numpy_product(x, w, counts), numpy_product(dy, w.swapaxes(1, 2), counts), numpy_outer(x, dy, counts)
+
+    exact = [np.asarray(v, np.float64) for v in (x, w, dy)]
+    values, magnitudes = expected(*exact), expected(*map(np.abs, exact))
+    for found, value, magnitude, terms in zip((y, dx, dw), values, magnitudes, (inner, outer, rows), strict=True):
+        near(found, value, magnitude, dtype, terms)
+
+
+def check_experts(implementation, dtype, problem):
+    counts, rows, (side, width), seed, _ = problem
+    rng, used = np.random.default_rng(seed), sum(counts)
+    shapes = (rows, side), *((len(counts), side, width),) * 2, (len(counts), width, side)
+    x, gate, up, down = (numbers(rng, shape, dtype, shape[-2] ** -0.5 if len(shape) == 3 else 1) for shape in shapes)
+    gates, dy = jnp.asarray(rng.uniform(size=rows), jnp.float32), numbers(rng, (rows, side), dtype)
+    count = jnp.asarray(counts, jnp.int32)
+
+    def run(x, gates, gate, up, down):
+        return grouped_swiglu(x, gates, gate, up, down, count, implementation=implementation)
+
+    y, pull_back = jax.vjp(run, poisoned(x, used), poisoned(gates, used), gate, up, down)
+    found = y, *pull_back(poisoned(dy, used))
+    exact = [np.asarray(v, np.float64) for v in (x, gates, gate, up, down, dy)]
+    values = numpy_swiglu(*exact[:5], counts, exact[5])
+    magnitudes = numpy_swiglu(*map(np.abs, exact[:5]), counts, np.abs(exact[5]))
+    # g, u and what follows from them are rounded on the way; SiLU's slope is at most 2.2 times that at |g|.
+    for ours, theirs, magnitude in zip(found, values, magnitudes, strict=True):
+        near(ours, theirs, 2.2 * magnitude, dtype, max(rows, side, width), roundings=6)
+
+
+SOME = [20, 0, 33, 1], 60, (136, 200), 0, 1.0
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_set_of_experts(implementation):
+    check_experts(implementation, jnp.float32, SOME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=8, deadline=None)
+@given(problem=problems())
+def test_products_and_their_gradients_are_those_of_a_loop_over_rows(implementation, dtype, problem):
+    check_products(implementation, dtype, problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=5, deadline=None)
+@given(problem=problems())
+def test_experts_and_their_gradients_are_those_of_a_loop_over_rows(implementation, dtype, problem):
+    check_experts(implementation, dtype, problem)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_small_integers_are_multiplied_exactly(implementation):
+    rng, counts = np.random.default_rng(0), [3, 0, 40, 1]
+    x, w = rng.integers(-4, 5, (50, 130)), rng.integers(-4, 5, (4, 130, 140))
+    y = grouped_product(
+        jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), jnp.asarray(counts, jnp.int32), implementation=implementation
+    )
+    np.testing.assert_array_equal(y, numpy_product(x.astype(float), w.astype(float), counts))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_a_row_nothing_is_computed(implementation):
+    w, count = jnp.ones((2, 8, 16)), jnp.zeros(2, jnp.int32)
+    y, pull_back = jax.vjp(lambda x, w: grouped_product(x, w, count, implementation=implementation), jnp.zeros((0, 8)), w)
+    assert y.shape == (0, 16)
+    np.testing.assert_array_equal(pull_back(y)[1], jnp.zeros_like(w))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [[20, 0, 30, 13], [0, 0, 0, 1], [64, 0, 0, 0]])
+def test_on_simulated_memory_without_a_race(counts):
+    """NaN in everything that was not written, an error for reads outside; races are counted."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    rng, count = np.random.default_rng(0), jnp.asarray(counts, jnp.int32)
+    x, dy = numbers(rng, (64, 128), jnp.float32), numbers(rng, (64, 128), jnp.float32)
+    gate, up, down = (numbers(rng, (4, 128, 128), jnp.float32, 0.1) for _ in range(3))
+    gates = jnp.asarray(rng.uniform(size=64), jnp.float32)
+
+    def run(implementation):
+        def experts(*operands):
+            return grouped_swiglu(*operands, count, implementation=implementation)
+
+        y, pull_back = jax.vjp(experts, x, gates, gate, up, down)
+        return y, *pull_back(dy)
+
+    for ours, theirs in zip(run("pallas_tpu:simulate"), run("reference"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not interpret_pallas_call.races.races_found
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    tile=st.integers(1, 7),
+    empty=st.booleans(),
+    more=st.integers(0, 9),
+)
+def test_the_list_of_work_has_each_tile_of_each_group_once_and_in_order(counts, tile, empty, more):
+    rows = max(1, sum(counts) + more)
+    work = jax.tree.map(np.asarray, make_work(jnp.asarray(counts, jnp.int32), rows, tile, empty=empty))
+    expected = []
+    for e, n in enumerate(counts):
+        first = sum(counts[:e])
+        tiles = (
+            range(first // tile, (first + n - 1) // tile + 1) if n else [min(first // tile, -(-rows // tile) - 1)][: int(empty)]
+        )
+        expected += [(e, t) for t in tiles]
+    assert list(zip(work.group_S[: work.size], work.tile_S[: work.size], strict=True)) == expected
+    assert (work.group_S[work.size :] == len(counts)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "cublas"}, "implementation: expected one of reference, xla, pallas_tpu, pallas_gpu"),
+        ({"implementation": "xla:interpret"}, "implementation: expected one of"),
+        ({"implementation": "pallas_gpu:simulate"}, "implementation: expected one of"),
+        ({"w_EIO": jnp.ones((2, 8, 16), jnp.bfloat16)}, "w_EIO: expected x's dtype"),
+        ({"w_EIO": jnp.ones((3, 8, 16))}, "w_EIO: expected as many matrices as groups, 2, got 3"),
+        ({"w_EIO": jnp.ones((2, 9, 16))}, r"w_EIO: expected \[2, 8, O\]"),
+    ],
+)
+def test_wrong_operands_are_one_line(change, message):
+    operands = {"x_RI": jnp.ones((4, 8)), "w_EIO": jnp.ones((2, 8, 16)), "count_E": jnp.array([1, 2]), "implementation": "xla"}
+    with pytest.raises(ValueError, match=message) as error:
+        unchecked(lambda: grouped_product(**(operands | change)))
+    assert "\n" not in str(error.value)
