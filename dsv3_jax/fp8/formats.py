@@ -43,7 +43,8 @@ FORMATS = {form.name: form for form in (E4M3, E5M2, E5M6)}
 def rounded(x: Float[Array, "*shape"], form: Format) -> Float[Array, "*shape"]:
     """The nearest value of the format, in float32; beyond the largest one, that. NaN stays NaN; infinities become the largest.
 
-    The same values as the cast's, by adding and subtracting 1.5 * 2^23 units of x's last kept place: several times as fast.
+    The same values as the cast's, but for the sign of a zero, by adding and subtracting 1.5 * 2^23 units of x's last kept
+    place: several times as fast.
     """
     x = jnp.clip(x.astype(jnp.float32), -form.largest, form.largest)
     exponent = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)

@@ -6,6 +6,7 @@ FP32, BF16 and FP8 runs differ in this table alone. `table(config)` is for readi
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import Config, Fp8Recipe, ModelConfig
@@ -137,7 +138,7 @@ def table(config: Config) -> list[Row]:
         linear("o_proj", attention_kept),
     ]
     if model.n_dense_layers or model.n_shared_experts:
-        rows += [linear("gate_proj"), linear("up_proj"), linear("down_proj", "-" if model.fp8 else None)]
+        rows += [linear("gate_proj"), linear("up_proj"), linear("down_proj", "-" if swiglu_cache(model) else None)]
     if model.n_moe_layers:
         rows += [
             linear("gate", "float32"),
@@ -145,14 +146,15 @@ def table(config: Config) -> list[Row]:
             *(linear(name, "-" if name == "experts.down_proj" else None) for name in EXPERTS),
             Row("combine", compute, f"dx: {compute}", "", ""),
         ]
-    rows.append(Row("SwiGLU", "float32" if model.fp8 else compute, "float32" if model.fp8 else compute, "", swiglu_kept))
+    swiglu = "float32" if swiglu_cache(model) else compute
+    rows.append(Row("SwiGLU", swiglu, swiglu, "", swiglu_kept))
     if model.num_nextn_predict_layers:
         rows.append(linear("eh_proj"))
-    sums = "float32" if model.fp8 or config.train.n_micro_batches > 1 else f"{compute}, {params}"
+    sums = ["float32" if model.fp8 else compute, params, *(["float32"] if config.train.n_micro_batches > 1 else [])]
     return rows + [
         Row("lm_head, loss", f"{compute}, softmax f32", compute, compute, compute),
         Row("sums of products", accumulation(model), "as Fprop", "as Fprop", ""),
-        Row("weight gradients", "", "", sums, ""),
+        Row("weight gradients", "", "", ", ".join(dtype for dtype, _ in groupby(sums)), ""),
         Row("AdamW", "float32, masters too", "", "", config.train.moment_dtype),
         Row("router bias, counts", "float32, int32", "", "", "float32"),
     ]

@@ -24,6 +24,7 @@ from dsv3_jax.fp8.delayed import Amax, largest, magnitude, observed, parted
 from dsv3_jax.fp8.linear import Products, keep, packed, rounded_weight
 from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise
+from dsv3_jax.model.layers import silu_times
 from dsv3_jax.moe.dispatch import Plan, make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import varying_like
 
@@ -34,7 +35,7 @@ IMPLEMENTATIONS = ("bucketed", "ragged_dot")
 
 
 class How(NamedTuple):
-    """The products of gate and up, those of down, how SwiGLU's inputs are kept (None: float32), and the implementation."""
+    """The products of gate and up, those of down, how SwiGLU's inputs are kept (None: in x's dtype), and the implementation."""
 
     up: Products
     down: Products
@@ -114,9 +115,10 @@ def _forward(x_ND: Array, gates_NK: Array, weights: Weights, histories: Historie
     gate, up, down = _rounded(weights, before, how)
     x_XD = _of_tokens(x, rows)
     g_XF, u_XF = (grouped(x_XD, weight, of=how.up) for weight in (gate, up))
-    a_XF = jax.nn.silu(g_XF) * u_XF * _gates(gates_NK, rows)
+    a_XF = silu_times(g_XF, u_XF) * _gates(gates_NK, rows)
     y_XD = grouped(quantise(a_XF, how.down.x, before[2].x), down, of=how.down)
-    kept = remat.name(tuple(keep(v, how.cache) if how.cache else v for v in (g_XF, u_XF)), remat.SWIGLU_INPUT)
+    kept = tuple(keep(v, how.cache) if how.cache else v.astype(x_ND.dtype) for v in (g_XF, u_XF))
+    kept = remat.name(kept, remat.SWIGLU_INPUT)
     y_ND = _sum(y_XD, rows).astype(x_ND.dtype)
     amax_x = None if histories[0] is None else magnitude(x_ND)
     return y_ND, (x, gates_NK, weights, histories, amax_x, plan, kept)
@@ -132,7 +134,7 @@ def _backward(how: How, saved: Any, dy_ND: Array) -> Any:
 
     dy = quantise(dy_ND, how.down.gradient, before[2].gradient)
     dy_XD = _of_tokens(packed(dy, how.down.gradient), rows)
-    h_XF, pull_back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, *(v.astype(jnp.float32) for v in kept))
+    h_XF, pull_back = jax.vjp(silu_times, *(v.astype(jnp.float32) for v in kept))
     da_XF = grouped(dy_XD, down, of=how.down)
     dgates_X = jnp.sum(da_XF * h_XF, axis=1)
     dg_XF, du_XF = pull_back(da_XF * gates_X1)

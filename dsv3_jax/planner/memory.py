@@ -77,7 +77,8 @@ def saved_per_token(model: ModelConfig, kind: str, share: Share) -> dict[str, Nu
     choices = model.num_experts_per_tok if kind != "dense" and not exchanged else 0
     expert_width = choices * model.moe_intermediate_size / tensor
     swiglu = row_bytes(swiglu_cache(model), width / tensor, compute)
-    expert_swiglu = choices * row_bytes(swiglu_cache(model), model.moe_intermediate_size / tensor, share.experts_bytes)
+    plain = compute if model.fp8 else share.experts_bytes
+    expert_swiglu = choices * row_bytes(swiglu_cache(model), model.moe_intermediate_size / tensor, plain)
     saved = {
         "carry": hidden * compute * (2 if kind == "mtp" else 1),  # an MTP module also reads an embedding
         "latent": latent * compute,
@@ -98,7 +99,8 @@ def saved_per_token(model: ModelConfig, kind: str, share: Share) -> dict[str, Nu
             kept += 2 * hidden  # the normalised pair
         saved["operations"] = compute * (kept + choices * hidden + expert_width)
         if model.fp8:
-            saved["operations"] = compute * (heads * (qk + values) + keys) + _fp8_inputs(model, kind, width, bool(choices))
+            saved["operations"] = compute * (heads * (qk + values) + keys)
+            saved["operations"] += _fp8_inputs(model, width / tensor, heads * values, bool(choices))
             if kind == "mtp":
                 saved["operations"] += 2 * hidden * compute
         if kind != "dense":
@@ -113,15 +115,21 @@ def row_bytes(how: Quantiser | None, size: Number, otherwise: int) -> Number:
     return how.row_bytes(size) if how else size * otherwise
 
 
-def _fp8_inputs(model: ModelConfig, kind: str, width: int, routed: bool) -> Number:
-    """Bytes of a token's inputs of linear operations, each operation's own: one byte a value, and scales."""
-    per_layer = {"q_a_proj": model.hidden_size, "q_b_proj": model.q_lora_rank, "kv_b_proj": model.kv_lora_rank}
-    names = [name for name in (*per_layer, "kv_a_proj_with_mqa") if model.attention == "mla" and model.q_lora_rank]
-    names = (
-        names or ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj"] if model.attention == "mla" else ["q_proj", "k_proj", "v_proj"]
-    )
+def _fp8_inputs(model: ModelConfig, width: Number, attended: Number, routed: bool) -> Number:
+    """Bytes of a token's inputs of linear operations, each operation's own: one byte a value, and scales.
+
+    `width` of the dense or shared MLP, `attended` channels after attention. What a cache holds already is left out.
+    """
+    per_layer = {
+        "q_a_proj": model.hidden_size, "q_b_proj": model.q_lora_rank, "kv_b_proj": model.kv_lora_rank,
+        "o_proj": attended, "down_proj": width,
+    }  # fmt: skip
+    query = ["q_a_proj", "q_b_proj"] if model.q_lora_rank else ["q_proj"]
+    names = [*query, "kv_a_proj_with_mqa", "kv_b_proj"] if model.attention == "mla" else ["q_proj", "k_proj", "v_proj"]
     names += ["gate_proj", "up_proj"] if width else []
     names += ["experts.up_proj"] if routed else []
+    names += [] if attention_cache(model) else ["o_proj"]
+    names += [] if swiglu_cache(model) or not width else ["down_proj"]
     how = {name: products(model, name) for name in names}
     return sum(row_bytes(h.x if h else None, per_layer.get(n) or model.hidden_size, FLOAT32) for n, h in how.items())
 

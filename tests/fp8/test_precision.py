@@ -79,6 +79,17 @@ def test_caches_and_wire_are_the_report_s_or_the_compute_dtype():
     assert attention_cache(configured(attention_cache="e4m3")).form == E4M3
 
 
+def test_caches_have_the_recipe_s_tile_and_powers_of_two_and_one_scale_a_token_and_tile_whatever_the_products_have():
+    """A scale of the whole tensor would be of one device's part, and other on every mesh."""
+    for scaling in ("fine", "tensor", "delayed"):
+        config = configured(tile=32, scaling=scaling)
+        assert attention_cache(config) == Quantiser(E5M6, (1, 32), True, 1e-30)
+        assert swiglu_cache(config) == Quantiser(E4M3, (1, 32), False, 1e-30)
+    for power_of_two, raised in (("everywhere", True), ("nowhere", False)):
+        config = configured(power_of_two=power_of_two)
+        assert attention_cache(config).power_of_two == swiglu_cache(config).power_of_two == raised
+
+
 @pytest.mark.parametrize("recipe", [{"power_of_two": "nowhere"}, {"scaling": "tensor"}], ids=str)
 def test_what_could_not_be_rounded_once_more_without_error_is_not_sent_in_fp8(recipe):
     assert wire(configured(**recipe)) == (None, None)

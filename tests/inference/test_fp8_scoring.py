@@ -65,8 +65,10 @@ def test_scoring_in_fp8_is_near_scoring_with_the_weights_multiplied_out(loaded):
     """Where choices of experts agree, they differ by what rounding activations to 4 bits does; elsewhere by more."""
     out, fp8 = (loaded[name].score(tokens()) for name in ("out", "fp8"))
     a, b = (np.asarray(s.logits, np.float64) for s in (out, fp8))
-    assert 1e-4 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.5
-    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.9
+    same_BT = (np.sort(out.router_indices, axis=-1) == np.sort(fp8.router_indices, axis=-1)).all(axis=(0, -1))
+    assert same_BT.mean() > 0.3
+    assert 1e-4 < np.linalg.norm((a - b)[same_BT]) / np.linalg.norm(b[same_BT]) < 0.2
+    assert np.linalg.norm(a - b) / np.linalg.norm(b) < 0.5
 
 
 def test_without_being_asked_for_fp8_nothing_is_rounded(loaded):

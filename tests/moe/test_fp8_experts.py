@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from dsv3_jax.config import Fp8Recipe
+from dsv3_jax.fp8.delayed import Delayed
 from dsv3_jax.fp8.formats import E4M3, rounded
 from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised, quantise
@@ -322,3 +323,45 @@ def test_grouped_products_are_as_near_to_the_exact_ones_as_deepgemm_asks(width, 
     for ours, exact in ((forward[:used], exact_forward), (outer, exact_outer)):
         ours = np.asarray(ours, np.float64)
         assert 1 - 2 * (ours * exact).sum() / ((ours**2).sum() + (exact**2).sum()) < 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_delayed_scales_are_each_operand_s_history_s_and_each_says_what_it_met(implementation):
+    """One expert, so that all rows are its own; scales are powers of two, and all operands but x outgrow them."""
+    config = configured(scaling="delayed", amax_history=2, power_of_two="nowhere", swiglu_cache="compute")
+    x, indices, gates, experts, dy = inputs(np.zeros((30, 1)), 1, hidden=12, width=8)
+    amax = np.array([[16.0, 0.25, 0.0625], [8.0, 0.125, 0.03125], [0.125, 0.5, 0.5]]) * 1.75  # gate, up, down: x, W, dy
+    histories = [jnp.stack([jnp.zeros(3), jnp.asarray(row, jnp.float32)], axis=1) for row in amax]
+
+    def both(x, gates, experts, histories, dy):
+        def run(x, gates, experts, histories):
+            return apply(x, indices, gates, tuple(map(Delayed, experts, histories)), config, implementation)
+
+        y, pull_back = jax.vjp(run, x, gates, experts, histories)
+        dx, dgates, dexperts, now = pull_back(dy)
+        return [y, dx, dgates, *dexperts], now
+
+    got, now = quick_jit(both)(x, gates, experts, histories, dy)
+
+    def at(a, most):
+        return numpy_fp8.cast(a * (448 / most), E4M3) * (most / 448)
+
+    x, gates, dy = (np.asarray(a, np.float64) for a in (x, gates, dy))
+    wide = [np.asarray(w[0], np.float64) for w in experts]
+    (gate_x, _, gate_dy), (_, _, up_dy), (down_x, _, down_dy) = amax
+    w_gate, w_up, w_down = map(at, wide, amax[:, 1])
+    x8, dy8 = at(x, gate_x), at(dy, down_dy)
+    g, u = x8 @ w_gate, x8 @ w_up
+    s = 1 / (1 + np.exp(-g))
+    h = g * s * u
+    da = dy8 @ w_down.T
+    dg, du = da * gates * u * s * (1 + g * (1 - s)), da * gates * g * s
+    dg8, du8 = at(dg, gate_dy), at(du, up_dy)
+    check(got, [
+        at(h * gates, down_x) @ w_down, dg8 @ w_gate.T + du8 @ w_up.T, (da * h).sum(1, keepdims=True),
+        (x8.T @ dg8)[None], (x8.T @ du8)[None], (at(h * gates, down_x).T @ dy8)[None],
+    ])  # fmt: skip
+    met = [(x, wide[0], dg), (x, wide[1], du), (h * gates, wide[2], dy)]
+    for column, operands in zip(now, met, strict=True):
+        np.testing.assert_array_equal(column[:, 1], np.zeros(3))
+        np.testing.assert_allclose(column[:, 0], [np.abs(a).max() for a in operands], rtol=1e-4)

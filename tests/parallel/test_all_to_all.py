@@ -16,6 +16,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ParallelConfig
+from dsv3_jax.fp8.formats import E4M3, E5M2
+from dsv3_jax.fp8.precision import Wire
+from dsv3_jax.fp8.quantize import Quantiser
 from dsv3_jax.moe.experts import routed_experts
 from dsv3_jax.parallel import all_to_all
 from dsv3_jax.parallel.all_to_all import Queues, buffer_rows, exchanged_experts
@@ -23,6 +26,7 @@ from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.presets import preset
 from dsv3_jax.settings import override
+from oracles import numpy_fp8
 from oracles.compiling import quick_jit
 from oracles.jaxprs import arrays, equations
 from oracles.numpy_layers import sigmoid
@@ -179,3 +183,56 @@ def test_no_array_of_the_program_holds_more_rows_than_the_formula_allows():
     inside = next(e for e in equations(jaxpr) if e.primitive.name == "shard_map")
     rows = [a.shape[0] for a in arrays(inside.params["jaxpr"]) if len(a.shape) == 2 and a.shape[1] in (HIDDEN, WIDTH)]
     assert rows and max(rows) <= allowed < ranks * per_rank * top_k
+
+
+def wired(placement: Placement, wire: Wire):
+    """y = sum of gate * scale of the expert * x: what comes out is what went over the wire."""
+
+    def local(x, expert, gates, weights):
+        scale = weights["gate_proj"][:, 0, 0]
+        return gates * scale[jnp.minimum(expert, scale.shape[0] - 1)] * x
+
+    def share(differentiable, indices):
+        x, gates, weights = differentiable
+        return exchanged_experts(x, indices, gates, weights, local, placement, wire)
+
+    rows = P(("data", "expert"))
+    return jax.shard_map(share, mesh=placement.mesh, in_specs=((rows, rows, P("expert")), rows), out_specs=rows)
+
+
+E4M3_WIRE, E5M2_WIRE = (Quantiser(form, (1, 4), power_of_two=True, floor=1e-30) for form in (E4M3, E5M2))
+
+
+@pytest.mark.parametrize("exchange", ["padded", "ragged"])
+@pytest.mark.parametrize(
+    "wire", [Wire(E4M3_WIRE, E5M2_WIRE), Wire(E5M2_WIRE, None), Wire(None, E4M3_WIRE)], ids=["both", "tokens", "gradients"]
+)
+def test_tokens_and_gradients_are_rounded_each_as_its_end_of_the_wire_says(exchange, wire):
+    placement = placement_of(4, exchange, 0.5)
+    x, indices, gates, weights = inputs(3, 24, 2, 8, "one rank")
+    x *= 4.0 ** np.arange(-12, 12)[:, None]
+    weights = {name: w[:, :1, :1] for name, w in weights.items()}
+    dy = np.random.default_rng(5).standard_normal(x.shape).astype(np.float32)
+    y, (dx, dgates, dweights) = value_and_pull_back(wired(placement, wire), (x, gates, weights), indices, dy)
+    x8, dy8 = (numpy_fp8.rounded(a, how) if how else a for a, how in zip((x, dy), wire, strict=True))
+    factor = gates.astype(np.float64) * weights["gate_proj"][indices, 0, 0]
+    np.testing.assert_allclose(y, factor.sum(1, keepdims=True) * x8, rtol=1e-5)
+    np.testing.assert_allclose(dx, factor.sum(1, keepdims=True) * dy8, rtol=1e-5)
+    both = (x8 * dy8).sum(1, keepdims=True)
+    expected = both * weights["gate_proj"][indices, 0, 0]
+    np.testing.assert_allclose(dgates, expected, rtol=1e-4, atol=1e-5 * np.abs(x8).max())
+    per_expert = np.zeros(len(weights["gate_proj"]))
+    np.add.at(per_expert, indices, both * gates)
+    np.testing.assert_allclose(dweights["gate_proj"][:, 0, 0], per_expert, rtol=1e-5, atol=1e-5 * np.abs(x8).max())
+
+
+def test_tokens_that_go_over_the_wire_are_kept_as_they_went():
+    placement, (x, indices, gates, weights) = placement_of(2, "padded", 1.0), inputs(3, 24, 2, 8, "even")
+    weights = {name: w[:, :1, :1] for name, w in weights.items()}
+
+    def pull_back(wire):
+        return jax.eval_shape(lambda d: jax.vjp(lambda d: wired(placement, wire)(d, indices), d)[1], (x, gates, weights))
+
+    for wire, dtype in ((Wire(E4M3_WIRE, None), "uint8"), (Wire(), "float32")):
+        tokens = {str(a.dtype) for a in jax.tree.leaves(pull_back(wire)) if a.shape == x.shape}
+        assert tokens == {dtype}

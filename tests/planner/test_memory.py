@@ -24,7 +24,9 @@ def by_key(share):
 KEPT = [("none", "float32", "null"), ("report", "bfloat16", "null"), ("full", "bfloat16", "null")]
 KEPT += [(remat, "bfloat16", "report") for remat in ("none", "report")]
 OTHERS = ('{"attention_cache": "e4m3", "swiglu_cache": "compute"}', '{"tile": 16}')
-SLOW = [("full", "bfloat16", "report"), *(("report", "bfloat16", fp8) for fp8 in OTHERS)]
+COMPUTE = '{"attention_cache": "compute", "swiglu_cache": "compute"}'
+SLOW = [("full", "bfloat16", "report"), ("none", "bfloat16", COMPUTE)]
+SLOW += [("report", "bfloat16", fp8) for fp8 in (*OTHERS, COMPUTE)]
 KEPT += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.fp8.delayed import Delayed, apart, beside
+from dsv3_jax.fp8.delayed import Delayed, advanced, apart, beside
 from dsv3_jax.presets import preset
 from dsv3_jax.settings import override
 from dsv3_jax.training import step as training
@@ -137,6 +137,48 @@ def test_an_operand_that_outgrows_its_history_saturates():
     history = jnp.array([[1.0], [1.0], [1.0]])
     np.testing.assert_allclose(linear(x, Delayed(weight, history), how), np.full((2, 4), 1.0), rtol=1e-6)
     np.testing.assert_allclose(linear(x, Delayed(weight, 0 * history), how), x, rtol=1e-6)
+
+
+def test_the_scale_is_of_the_largest_step_that_is_remembered():
+    from dsv3_jax.fp8.linear import linear
+    from dsv3_jax.fp8.precision import products
+
+    how = products(config_of(fp8='{"scaling": "delayed", "amax_history": 3}').model, "q_a_proj")
+    x, weight = jnp.full((2, 4), 8.0), jnp.eye(4)
+    for steps in ([1.0, 1.0, 8.0], [1.0, 8.0, 1.0], [8.0, 1.0, 1.0]):
+        history = jnp.array([steps, [1.0] * 3, [1.0] * 3])
+        np.testing.assert_allclose(linear(x, Delayed(weight, history), how), x, rtol=1e-6)
+
+
+def test_a_history_drops_its_oldest_step_for_the_newest_and_lets_nothing_else_in():
+    history, now = jnp.array([[4.0, 3.0, 2.0]] * 3), jnp.array([[1.0, 0, 0], [2.0, 0, 0], [0.5, 0, 0]])
+    after = advanced({"a": history, "b": None}, {"a": now, "b": None})
+    np.testing.assert_array_equal(after["a"], [[1.0, 4, 3], [2.0, 4, 3], [0.5, 4, 3]])
+    assert after["b"] is None
+
+
+def test_each_operand_s_magnitude_is_its_own():
+    """Of x before it was rounded, of the weight, and of the gradient: for one operation, and for the experts'."""
+    from dsv3_jax.fp8.linear import linear
+    from dsv3_jax.fp8.precision import products
+
+    how = products(config_of(fp8='{"scaling": "delayed", "amax_history": 2}').model, "q_a_proj")
+    x, weight, dy = (jnp.asarray(np.random.default_rng(i).standard_normal((4, 4)) * 10.0**i, jnp.float32) for i in range(3))
+    _, pull_back = jax.vjp(lambda w: linear(x, w, how), Delayed(weight, jnp.ones((3, 2))))
+    expected = [float(jnp.abs(a).max()) for a in (x, weight, dy)]
+    np.testing.assert_array_equal(pull_back(dy)[0].amax, np.stack([expected, [0, 0, 0]], axis=1).astype(np.float32))
+
+
+def test_a_skipped_step_leaves_the_histories_as_they_were():
+    config = config_of(fp8='{"scaling": "delayed", "amax_history": 2}')
+    state = training.init_state(config)
+    state = state._replace(
+        params={**state.params, "norm": state.params["norm"] * jnp.nan}, amax=jax.tree.map(lambda a: a + 3, state.amax)
+    )
+    after, metrics = stepped(config, state)
+    assert bool(metrics["nonfinite"]) and int(after.skipped_total) == 1
+    for amax in jax.tree.leaves(after.amax):
+        np.testing.assert_array_equal(amax, np.full(amax.shape, 3))
 
 
 @pytest.mark.slow
