@@ -8,7 +8,10 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-EXPERTS = Literal["auto", "bucketed", "ragged_dot", "dense"]
+EXPERTS = Literal[
+    "auto", "bucketed", "ragged_dot", "dense",
+    "pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret",
+]  # fmt: skip
 DTYPES = Literal["float32", "bfloat16"]
 FP8_FORMATS = Literal["e4m3", "e5m2"]
 
@@ -175,8 +178,8 @@ class ModelConfig:
                 f"num_key_value_heads: gqa expects a divisor of num_attention_heads={heads}, got {kv_heads}",
             )
         require(
-            self.fp8 is None or self.experts_implementation != "dense",
-            "experts_implementation: dense has no FP8; expected auto, bucketed or ragged_dot",
+            self.fp8 is None or self.experts_implementation in ("auto", "bucketed", "ragged_dot"),
+            f"experts_implementation: FP8 has auto, bucketed and ragged_dot, got {self.experts_implementation!r}",
         )
         if self.n_moe_layers:
             self._validate_router()

@@ -96,7 +96,7 @@ def write(folder: Path, config: Config, chip: Chip, asked: Question, plan: Plan)
     question = asked._asdict() | {"costs": asked.costs._asdict()}
     write_json(folder / "plan.json", {"config": to_dict(config), "question": question, **plan.to_dict()})
     title = f"{asked.chips} x {chip.name}, layout {config.parallel.layout}, remat {config.model.remat}"
-    share = make_share(config, asked.chips)
+    share = make_share(config, asked.chips, chip.platform)
     save(plan_figure.draw(plan, memory.causes(share), chip.hbm_gib, title), folder / "plan.png")
     for timeline in timelines(share.sizes[PIPE], asked) if asked.schedule else ():
         save(schedule_figure.draw(timeline), folder / f"schedule-{timeline.schedule.name}.png")
@@ -136,7 +136,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         print(f"\ncompiling the step for {target.spec}, {len(target.devices)} devices: minutes ...", flush=True)
         compiled = aot.compile_step(config, target)
         added = aot.sections(plan, compiled)
-        reasons = aot.reasons(make_share(config, asked.chips), compiled, added[0])
+        reasons = aot.reasons(make_share(config, asked.chips, chip.platform), compiled, added[0])
         plan = Plan((*plan.sections, *added), (*plan.assumptions, *reasons))
         print("\n" + render(Plan(aot.shortened(added), tuple(reasons))))
     if values.out:

@@ -25,7 +25,7 @@ from dsv3_jax.inference.placement import Replicas, physical_indices
 from dsv3_jax.inference.serving import Serving
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.rope import rope_tables
-from dsv3_jax.moe.experts import routed_experts
+from dsv3_jax.moe.experts import default_implementation, routed_experts
 from dsv3_jax.moe.router import route
 from dsv3_jax.parallel.all_to_all import exchanged_experts
 from dsv3_jax.parallel.collectives import varying
@@ -168,7 +168,7 @@ def _experts(
     experts = {name: weight.astype(u_nD.dtype) for name, weight in params["experts"].items()}
     implementation = config.experts_implementation
     if implementation == "auto":
-        implementation = "bucketed" if placement.platform == "cpu" else "ragged_dot"
+        implementation = default_implementation(placement.platform)
     here = partial(routed_experts, implementation=implementation)
     if placement.expert_axes:
         y_nD = exchanged_experts(u_nD, slots_nK, gates_nK, experts, here, placement)

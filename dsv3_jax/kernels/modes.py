@@ -31,11 +31,17 @@ def mode_of(name: str, known: Sequence[str]) -> Mode:
     return Mode(implementation, ways[how])
 
 
-def platform() -> str:
-    """cpu, gpu or tpu: of the mesh around, or else of the default device."""
-    if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
-        return device.platform
-    return jax.default_backend()
+def result(shape: tuple[int, ...], dtype: Any, like: Any, interpret: Any) -> jax.ShapeDtypeStruct:
+    """An output of a kernel. On a mesh it varies over the axes that the operands vary over, all of them as `like`.
+
+    Raises ValueError where an interpreted kernel is asked for on a mesh, which JAX's interpreters do not run on.
+    """
+    axes = jax.typeof(like).manual_axis_type
+    if interpret and axes.varying:
+        raise ValueError(
+            "implementation: expected one that is compiled on a mesh, got an interpreted one; leave out :interpret or :simulate"
+        )
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
 def chip() -> str:

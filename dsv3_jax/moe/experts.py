@@ -2,10 +2,11 @@
 
 y_n = sum_k gates[n, k] * down(silu(gate(x_n)) * up(x_n)), the projections being those of expert indices[n, k]. The gate is
 applied before the down projection, which is linear: combining is then a plain sum, and a gate's gradient a row's dot product.
-Three implementations of the same function:
+Implementations of the same function:
 
 * `bucketed`: rows sorted into one bucket for each expert, exactly as long as the expert's load, walked in short blocks.
-* `ragged_dot`: the same order of rows, `jax.lax.ragged_dot` for the products. For TPU and GPU; correct but slow on CPU.
+* `pallas_tpu`, `pallas_gpu`: the same order of rows, and our own kernels (`dsv3_jax.kernels.grouped`) for the products.
+* `ragged_dot`: the same, with XLA's `jax.lax.ragged_dot`. Correct but slow on CPU.
 * `dense`: every expert on every token. For reading and for tests.
 
 Why a walk and not one batched product over equal buckets: the walk's work is the routed rows, whatever the load, with nothing
@@ -15,7 +16,7 @@ block's intermediates never leave the cache. As in the report [§3.2.3], the Swi
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.bits import from_bits, to_bits
+from dsv3_jax.config import EXPERTS
+from dsv3_jax.kernels.grouped.api import grouped_swiglu
 from dsv3_jax.moe.dispatch import Plan, combine, dispatch, make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import varying_like
 from dsv3_jax.weights import is_stored
@@ -33,6 +36,11 @@ Weights = tuple[Any, ...]
 
 # Rows that one step of the walk handles. The last block of an expert is partly wasted; shorter ones make slower products.
 BLOCK = 64
+
+
+def default_implementation(platform: str) -> str:
+    """What "auto" stands for on cpu, tpu or gpu."""
+    return {"cpu": "bucketed", "tpu": "pallas_tpu"}.get(platform, "ragged_dot")
 
 
 def routed_experts(
@@ -48,16 +56,18 @@ def routed_experts(
     x_ND and the experts (`gate_proj`, `up_proj` [E, D, F], `down_proj` [E, F, D]) share one compute dtype, float32 or bfloat16;
     gates are float32; indices int32 in [0, E], distinct within a token, where E stands for no expert. Without differentiation
     experts may also be stored in few bits (`dsv3_jax.weights`), or be tuples of E matrices (`gate_proj+up_proj`: side by side).
-    Products and the sum over k accumulate in float32, the result has x's dtype. `implementation`: "bucketed", "ragged_dot",
-    "dense", or "auto": bucketed on CPU, else ragged_dot.
+    Products and the sum over k accumulate in float32, the result has x's dtype. `implementation`: one of the above (Pallas:
+    also as `kernels.modes` has it), or "auto", the default device's.
 
     Raises ValueError for an unknown implementation or dtypes that differ from these.
     """
-    if implementation not in ("auto", *_IMPLEMENTATIONS):
+    if implementation == "auto":
+        implementation = default_implementation(jax.default_backend())
+    if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {('auto', *_IMPLEMENTATIONS)}, got {implementation!r}")
     if isinstance(experts["down_proj"], tuple):
         weights: Weights = tuple(experts[name] for name in (*sorted(set(experts) - {"down_proj"}), "down_proj"))
-        if implementation not in ("auto", "bucketed"):
+        if implementation != "bucketed":
             raise ValueError(f"implementation: experts by themselves need bucketed, got {implementation!r}; stack them")
         return _walk(x_ND, gates_NK, weights, make_plan(indices_NK, len(weights[0])))
     weights = (experts["gate_proj"], experts["up_proj"], experts["down_proj"])
@@ -65,8 +75,6 @@ def routed_experts(
         raise ValueError(f"experts: expected the dtype of x, {x_ND.dtype}, got {[str(w.dtype) for w in weights]}; cast them")
     if gates_NK.dtype != jnp.float32:
         raise ValueError(f"gates: expected float32, got {gates_NK.dtype}")
-    if implementation == "auto":
-        implementation = "bucketed" if jax.default_backend() == "cpu" else "ragged_dot"
     # As varying over whatever one of them varies over, so that JAX sums a replicated one's gradient over the mesh: here, where
     # that sum is of N rows and not of R, and before `custom_vjp`, which knows nothing of it.
     inputs = x_ND, gates_NK, weights
@@ -95,6 +103,14 @@ def _ragged_dot(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weight
     return combine(y_RD.astype(x_ND.dtype), plan)
 
 
+def _kernels(name: str, x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
+    gate, up, down = (w.astype(x_ND.dtype) for w in weights)
+    plan = varying_like(weights, make_plan(indices_NK, gate.shape[0]))
+    gates_R1 = dispatch(gates_NK.reshape(-1, 1), plan._replace(row_NK=plan.row_NK.reshape(-1, 1)))
+    y_RD = grouped_swiglu(dispatch(x_ND, plan), gates_R1[:, 0], gate, up, down, plan.count_E, implementation=name)
+    return combine(y_RD, plan)
+
+
 def _bucketed(x_ND: Array, indices_NK: Array, gates_NK: Array, weights: Weights) -> Array:
     return _walk(x_ND, gates_NK, weights, varying_like(weights, make_plan(indices_NK, weights[0].shape[0])))
 
@@ -103,6 +119,7 @@ _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Weights], Array]] = {
     "bucketed": _bucketed,
     "ragged_dot": _ragged_dot,
     "dense": _dense,
+    **{name: partial(_kernels, name) for name in get_args(EXPERTS) if name.startswith("pallas_")},
 }
 
 

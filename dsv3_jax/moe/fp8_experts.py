@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.bits import to_bits
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Fp8Recipe, ModelConfig
 from dsv3_jax.fp8.accumulate import product
 from dsv3_jax.fp8.delayed import Amax, largest, magnitude, observed, parted
 from dsv3_jax.fp8.linear import Products, keep, packed, rounded_weight
@@ -72,6 +72,11 @@ def _rows(plan: Plan, block: int) -> Rows:
     return Rows(source_X, jnp.append(place_R, 0)[plan.row_NK], count_E)
 
 
+def default_fp8_implementation(platform: str, recipe: Fp8Recipe) -> str:
+    """What "auto" stands for on cpu, tpu or gpu."""
+    return "bucketed" if platform == "cpu" or recipe.accumulation != "float32" else "ragged_dot"
+
+
 def fp8_routed_experts(
     x_ND: Float[Array, "N D"],
     indices_NK: Int[Array, "N K"],
@@ -88,12 +93,12 @@ def fp8_routed_experts(
     """
     up, down = products(config, "experts.up_proj"), products(config, "experts.down_proj")
     assert up is not None and down is not None, config.fp8
-    emulated = up.accumulation.fidelity != "float32"
     if implementation == "auto":
-        implementation = "bucketed" if emulated or jax.default_backend() == "cpu" else "ragged_dot"
+        assert config.fp8 is not None
+        implementation = default_fp8_implementation(jax.default_backend(), config.fp8)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: FP8 has {' and '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    if emulated and implementation == "ragged_dot":
+    if up.accumulation.fidelity != "float32" and implementation == "ragged_dot":
         raise ValueError(f"implementation: ragged_dot accumulates in float32, got fp8 with {up.accumulation}; take bucketed")
     how = How(up, down, swiglu_cache(config), implementation)
     weights, histories = zip(*(parted(experts[name]) for name in ("gate_proj", "up_proj", "down_proj")), strict=True)

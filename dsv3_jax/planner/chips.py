@@ -24,6 +24,10 @@ class Chip(NamedTuple):
     sources: dict[str, str]
 
     @property
+    def platform(self) -> str:
+        return "tpu" if self.torus_dims else "gpu"
+
+    @property
     def links(self) -> tuple[str, ...]:
         return ("ici",) if self.torus_dims else ("node", "network")
 

@@ -23,7 +23,7 @@ POLICIES: tuple[Literal["none", "report", "full"], ...] = ("none", "report", "fu
 def make_plan(config: Config, chip: Chip, question: Question) -> Plan:
     """Raises ValueError if the run does not divide over the chips, or a number makes no sense."""
     check(question)
-    share = make_share(config, question.chips)
+    share = make_share(config, question.chips, chip.platform)
     pipeline = pipelines.section(share.sizes[PIPE], question) if question.schedule else None
     sections = (
         _inputs(share, chip, question),

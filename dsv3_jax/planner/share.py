@@ -13,9 +13,11 @@ import numpy as np
 from dsv3_jax.config import Config
 from dsv3_jax.model.module import model_spec
 from dsv3_jax.model.spec import Spec
+from dsv3_jax.moe.experts import default_implementation
 from dsv3_jax.parallel.all_to_all import buffer_rows
 from dsv3_jax.parallel.mesh import AXES, BATCH_AXES, EXPERT, LAYOUTS, TENSOR, mesh_shape
 from dsv3_jax.parallel.rules import compute_dims, map_specs, state_dims
+from dsv3_jax.settings import override
 
 FLOAT32 = 4
 COMPONENTS = {
@@ -127,7 +129,7 @@ class Share(NamedTuple):
     @property
     def experts_bytes(self) -> int:
         """Of the experts' pre-activations, which `ragged_dot` keeps in float32."""
-        return self.compute_bytes if self.config.model.experts_implementation == "bucketed" else FLOAT32
+        return FLOAT32 if self.config.model.experts_implementation == "ragged_dot" else self.compute_bytes
 
     def in_pieces(self, weight: Weight) -> bool:
         """Whether a weight lies in the optimiser's pieces between uses, and is gathered for each: ZeRO-3, gains excepted."""
@@ -169,11 +171,13 @@ def matrix(axes: tuple[str, ...], shape: tuple[int, ...]) -> Matrix:
     return Matrix(math.prod(stack), math.prod(sizes[:inputs]), math.prod(sizes[inputs:]))
 
 
-def make_share(config: Config, chips: int) -> Share:
-    """What each of `chips` devices does of one step of `config`.
+def make_share(config: Config, chips: int, platform: str = "gpu") -> Share:
+    """What each of `chips` devices does of one step of `config`. `platform` (gpu, tpu) chooses what is left to choose.
 
     Raises ValueError if the mesh, a parameter or the batch does not divide over them.
     """
+    if config.model.experts_implementation == "auto" and config.model.fp8 is None:
+        config = override(config, {"experts_implementation": default_implementation(platform)})
     if config.model.experts_implementation == "dense":
         raise ValueError("experts_implementation: dense computes every expert on every token, for tests; plan another one")
     if chips < 1:

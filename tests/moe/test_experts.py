@@ -114,6 +114,18 @@ def test_values_and_gradients_match_float64_for_any_load(implementation, indices
     check_against_oracle(inputs(indices, 4), implementation, FLOAT32)
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu:interpret", "pallas_gpu:interpret"])
+def test_kernels_match_float64_where_some_choices_are_of_no_expert(implementation):
+    indices = np.where(np.arange(66)[:, None] % 5 == 0, [[4, 1]], random_choices(66, 2, 4))  # 4 of 4: none
+    x, indices, gates, experts, dy = inputs(indices, 4)
+    padded = tuple(jnp.concatenate([w, jnp.zeros_like(w[:1])]) for w in experts)
+    found = value_and_gradients(x, indices, gates, experts, dy, implementation)
+    expected = oracle(x, indices, gates, padded, dy)
+    for name, got, want in zip(NAMES, found, expected, strict=True):
+        want = want[:4] if name.startswith("d") and want.ndim == 3 else want
+        np.testing.assert_allclose(got, want, rtol=0, atol=FLOAT32 * np.abs(want).max(), err_msg=name)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_stays_within_its_own_rounding(implementation):
     case = inputs(random_choices(90, 3, 5), 5, hidden=32, width=16, dtype=jnp.bfloat16)

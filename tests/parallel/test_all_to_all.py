@@ -140,6 +140,11 @@ def test_expert_groups_side_by_side_go_the_same_number_of_rounds(exchange):
     check(placement_of(4, exchange, 0.5, data=2), x, indices, gates, weights)
 
 
+def test_an_interpreted_kernel_is_refused_on_a_mesh():
+    with pytest.raises(ValueError, match="implementation: expected one that is compiled on a mesh"):
+        check(placement_of(4, "padded", 3.0), *inputs(2, 16, 2, 8, "one rank"), "pallas_tpu:interpret")
+
+
 @pytest.mark.parametrize("implementation", ["bucketed", "ragged_dot", "dense"])
 def test_every_implementation_of_the_experts_leaves_the_empty_rows_of_a_buffer_out(implementation):
     check(placement_of(4, "padded", 3.0), *inputs(2, 16, 2, 8, "one rank"), implementation)

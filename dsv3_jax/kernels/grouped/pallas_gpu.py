@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from dsv3_jax.kernels.grouped.call import PARTIAL, Epilogue, Out
 from dsv3_jax.kernels.grouped.work import make_work
+from dsv3_jax.kernels.modes import result
 
 
 class Blocks(NamedTuple):
@@ -81,7 +82,7 @@ def products(
 
     call = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct((height, n_outer * w), out.dtype) for w, out in zip(widths, outs, strict=True)],
+        out_shape=[result((height, n_outer * w), out.dtype, x_RI, interpret) for w, out in zip(widths, outs, strict=True)],
         grid=(n_outer, work.group_S.shape[0]),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         name=name,
@@ -114,7 +115,7 @@ def outer_products(x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtyp
 
     call = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((n_groups, n_inner * blocks.inner, n_outer * blocks.outer), dtype),
+        out_shape=result((n_groups, n_inner * blocks.inner, n_outer * blocks.outer), dtype, x_RI, interpret),
         grid=(n_inner, n_outer, n_groups),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         name=name,

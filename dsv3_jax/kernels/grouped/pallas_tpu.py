@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.grouped.call import PARTIAL, Epilogue, Out
 from dsv3_jax.kernels.grouped.work import make_work
+from dsv3_jax.kernels.modes import result
 
 LANES, SUBLANES = 128, 16
 MIB = 2**20
@@ -156,7 +157,7 @@ def products(
     shapes = [(rows, n_outer * iterations * PARTIAL if out.partial else outer) for out in outs]
     call = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(shape, out.dtype) for shape, out in zip(shapes, outs, strict=True)],
+        out_shape=[result(shape, out.dtype, x_RI, interpret) for shape, out in zip(shapes, outs, strict=True)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(n_outer, work.size, n_inner),
@@ -228,7 +229,7 @@ def outer_products(
 
     call = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((n_groups, inner, outer), dtype),
+        out_shape=result((n_groups, inner, outer), dtype, x_RI, interpret),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer), work.size),
