@@ -1,5 +1,7 @@
 """The grouped products: every implementation against a loop over rows in float64 NumPy, values and gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.kernels.grouped import pallas_gpu, pallas_tpu
+from dsv3_jax.kernels.grouped import cost, pallas_gpu, pallas_tpu
 from dsv3_jax.kernels.grouped.api import grouped_product, grouped_swiglu
 from dsv3_jax.kernels.grouped.work import make_work
+from oracles.compiling import quick_jit
 from oracles.unchecked import unchecked
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu:interpret", "pallas_gpu:interpret"]
@@ -20,8 +23,9 @@ SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks along every side already of small operands."""
-    monkeypatch.setattr(pallas_tpu, "PRODUCTS", {1: SMALL_TPU, 2: SMALL_TPU})
-    monkeypatch.setattr(pallas_tpu, "OUTER", SMALL_TPU)
+    monkeypatch.setattr(pallas_tpu, "V5P", SMALL_TPU)
+    monkeypatch.setattr(pallas_tpu, "V5P_TRANSPOSED", SMALL_TPU)
+    monkeypatch.setattr(pallas_tpu, "V5P_OUTER", SMALL_TPU)
     monkeypatch.setattr(pallas_gpu, "PRODUCTS", {1: SMALL_GPU, 2: SMALL_GPU})
     monkeypatch.setattr(pallas_gpu, "OUTER", SMALL_GPU)
 
@@ -95,6 +99,16 @@ def poisoned(x, used):
     return x.at[used:].set(jnp.nan)
 
 
+def with_gradients(function, operands, dy):
+    """Result, then gradients of <result, dy>."""
+
+    def both(operands, dy):
+        y, pull_back = jax.vjp(function, *operands)
+        return y, *pull_back(dy)
+
+    return quick_jit(both)(operands, dy)
+
+
 def check_products(implementation, dtype, problem):
     counts, rows, (inner, outer), seed, scale = problem
     rng, used = np.random.default_rng(seed), sum(counts)
@@ -104,8 +118,7 @@ def check_products(implementation, dtype, problem):
     def run(x, w):
         return grouped_product(x, w, count, implementation=implementation)
 
-    y, pull_back = jax.vjp(run, poisoned(x, used), w)
-    dx, dw = pull_back(poisoned(dy, used))
+    y, dx, dw = with_gradients(run, (poisoned(x, used), w), poisoned(dy, used))
     assert y.dtype == dx.dtype == dw.dtype == dtype
 
     def expected(x, w, dy):
@@ -128,8 +141,7 @@ def check_experts(implementation, dtype, problem):
     def run(x, gates, gate, up, down):
         return grouped_swiglu(x, gates, gate, up, down, count, implementation=implementation)
 
-    y, pull_back = jax.vjp(run, poisoned(x, used), poisoned(gates, used), gate, up, down)
-    found = y, *pull_back(poisoned(dy, used))
+    found = with_gradients(run, (poisoned(x, used), poisoned(gates, used), gate, up, down), poisoned(dy, used))
     exact = [np.asarray(v, np.float64) for v in (x, gates, gate, up, down, dy)]
     values = numpy_swiglu(*exact[:5], counts, exact[5])
     magnitudes = numpy_swiglu(*map(np.abs, exact[:5]), counts, np.abs(exact[5]))
@@ -205,7 +217,7 @@ def test_on_simulated_memory_without_a_race(counts):
     assert not interpret_pallas_call.races.races_found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=8),
     tile=st.integers(1, 7),
@@ -214,7 +226,8 @@ def test_on_simulated_memory_without_a_race(counts):
 )
 def test_the_list_of_work_has_each_tile_of_each_group_once_and_in_order(counts, tile, empty, more):
     rows = max(1, sum(counts) + more)
-    work = jax.tree.map(np.asarray, make_work(jnp.asarray(counts, jnp.int32), rows, tile, empty=empty))
+    make = quick_jit(partial(make_work, rows=rows, tile=tile, empty=empty))
+    work = jax.tree.map(np.asarray, make(jnp.asarray(counts, jnp.int32)))
     expected = []
     for e, n in enumerate(counts):
         first = sum(counts[:e])
@@ -242,3 +255,43 @@ def test_wrong_operands_are_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         unchecked(lambda: grouped_product(**(operands | change)))
     assert "\n" not in str(error.value)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 90), min_size=1, max_size=5), more=st.integers(0, 40), weights=st.sampled_from([1, 2]),
+    sides=st.sampled_from([(128, 256), (256, 128), (200, 300), (384, 512)]),
+)  # fmt: skip
+def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, sides):
+    """Steps, iterations and bytes, by walking the list of work as the pipeline does: a block is fetched when it changes."""
+    (inner, outer), rows = sides, max(1, sum(counts) + more)
+    b = pallas_tpu.fit_products(SMALL_TPU, rows, inner, outer)
+    used = sum(counts)
+    make = quick_jit(partial(make_work, rows=rows, tile=b.rows))
+    work = jax.tree.map(np.asarray, make(jnp.asarray([*counts, rows - used], jnp.int32)))
+    n_outer, n_inner = -(-outer // b.outer), -(-inner // b.inner)
+    moved = iterations = zeroed = steps = 0
+    x_before = w_before = y_before = None
+    for j in range(n_outer):
+        for s in range(int(work.size)):
+            group, tile = int(work.group_S[s]), int(work.tile_S[s])
+            first = max(int(work.first_G[group]) - tile * b.rows, 0)
+            end = min(int(work.end_G[group]) - tile * b.rows, b.rows)
+            parts = (-(-end // b.height) - first // b.height) * (b.outer // b.columns)
+            for k in range(n_inner):
+                steps += 1
+                x_at, w_at = (tile, k), (min(group, len(counts) - 1), k, j)
+                width = min(b.inner, inner - k * b.inner)
+                moved += b.rows * width * (x_at != x_before) + weights * width * b.outer * (w_at != w_before)
+                x_before, w_before = x_at, w_at
+                iterations += parts * (group < len(counts))
+                zeroed += parts * (group == len(counts))
+            moved += 3 * b.rows * b.outer * ((tile, j) != y_before)
+            y_before = tile, j
+    found = cost.of_products(counts, rows, inner, outer, SMALL_TPU, weights=weights, wide_extras=1, outs=2)
+    assert found.steps == steps and found.trips[0] * steps == pytest.approx(iterations)
+    assert found.trips[-1] * steps == pytest.approx(zeroed)
+    assert found.flops == 2 * iterations * b.height * b.columns * inner // n_inner * weights
+    # Where one column of blocks ends and the next begins, x's block may be the same.
+    assert 0 <= found.bytes - moved * 2 <= 2 * (n_outer - 1) * b.rows * inner
+    assert found.least_flops == 2 * used * inner * outer * weights

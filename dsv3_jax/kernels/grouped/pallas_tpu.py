@@ -10,6 +10,7 @@ they meet nothing there; sums over rows or over a ragged contraction select what
 is NaN.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.grouped.call import PARTIAL, Epilogue, Out
 from dsv3_jax.kernels.grouped.work import make_work
-from dsv3_jax.kernels.modes import result
+from dsv3_jax.kernels.modes import chip, result
 
 LANES, SUBLANES = 128, 16
 MIB = 2**20
@@ -40,9 +41,29 @@ class Blocks(NamedTuple):
     vmem_mib: int = 32
 
 
-# By the number of weights that a row is multiplied with at once.
-PRODUCTS = {1: Blocks(768, 7168, 512, 384, 128, vmem_mib=62), 2: Blocks(768, 7168, 256, 384, 128, vmem_mib=62)}
-OUTER = Blocks(512, 1024, 1024, 512, 128, unroll=4, vmem_mib=40)
+# What needed the fewest bundles of those tried at V3's shapes, see `experiments.bench_kernels`; other chips as v5p. There sums
+# are in registers, 64 of 8 x 128, and 384 x 128 leave room for operands; the matrix units of tpu7x add up by themselves.
+V5P = Blocks(768, 7168, 256, 384, 128, vmem_mib=62)
+V5P_TRANSPOSED = Blocks(768, 7168, 512, 384, 128, vmem_mib=62)
+PRODUCTS = {
+    "TPU v6 lite": Blocks(512, 7168, 512, 512, 256, vmem_mib=62),
+    "TPU7x": Blocks(512, 7168, 512, 512, 512, vmem_mib=62),
+}
+V5P_OUTER = Blocks(512, 1024, 1024, 512, 128, unroll=4, vmem_mib=40)
+OUTER = {
+    "TPU v6 lite": Blocks(512, 1024, 1024, 512, 512, unroll=2, vmem_mib=40),
+    "TPU7x": Blocks(512, 1024, 1024, 1024, 512, vmem_mib=40),
+}
+
+
+def blocks_of(kind: str, weights: int, transposed: bool) -> Blocks:
+    """Of a product with so many weights at once, on this kind of device."""
+    blocks = PRODUCTS.get(kind, V5P_TRANSPOSED if transposed else V5P)
+    return blocks._replace(outer=max(blocks.columns, min(blocks.outer, 512 // weights)))
+
+
+def outer_blocks_of(kind: str) -> Blocks:
+    return OUTER.get(kind, V5P_OUTER)
 
 
 def _fitted(size: int, block: int, step: int, whole: int) -> tuple[int, int]:
@@ -50,6 +71,23 @@ def _fitted(size: int, block: int, step: int, whole: int) -> tuple[int, int]:
     if size <= step:
         return _up(size, whole), _up(size, whole)
     return min(block, _up(size, step)), step
+
+
+def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
+    """No larger than the operands of [R, I] x [I, O]."""
+    (tall, height), (wide, columns) = (
+        _fitted(rows, blocks.rows, blocks.height, SUBLANES), _fitted(outer, blocks.outer, blocks.columns, 1)
+    )  # fmt: skip
+    return blocks._replace(rows=tall, inner=min(inner, blocks.inner), outer=wide, height=height, columns=columns)
+
+
+def fit_outer(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
+    """No larger than the operands of [R, I]^T x [R, O]; an iteration's height is along I."""
+    (deep, height), (wide, columns) = (
+        _fitted(inner, blocks.inner, blocks.height, 1), _fitted(outer, blocks.outer, blocks.columns, 1)
+    )  # fmt: skip
+    rows = min(blocks.rows, _up(rows, SUBLANES))
+    return blocks._replace(rows=rows, inner=deep, outer=wide, height=height, columns=columns)
 
 
 def _up(size: int, step: int) -> int:
@@ -72,12 +110,7 @@ def products(
     """As `call.Products`."""
     (rows, inner), n_groups = x_RI.shape, weights[0].shape[0]
     outer = weights[0].shape[1 if transposed else 2]
-    blocks = blocks or PRODUCTS[len(weights)]
-    height, (width, columns) = (
-        _fitted(rows, blocks.rows, blocks.height, SUBLANES),
-        _fitted(outer, blocks.outer, blocks.columns, 1),
-    )
-    blocks = blocks._replace(rows=height[0], height=height[1], outer=width, columns=columns, inner=min(inner, blocks.inner))
+    blocks = fit_products(blocks or blocks_of(chip(), len(weights), transposed), rows, inner, outer)
     n_inner, n_outer = pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer)
     none = rows - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
     work = make_work(jnp.append(count_E, none), rows, blocks.rows)
@@ -155,9 +188,10 @@ def products(
 
     sides = (blocks.outer, blocks.inner) if transposed else (blocks.inner, blocks.outer)
     shapes = [(rows, n_outer * iterations * PARTIAL if out.partial else outer) for out in outs]
+    results = [result(shape, out.dtype, x_RI, interpret) for shape, out in zip(shapes, outs, strict=True)]
     call = pl.pallas_call(
         kernel,
-        out_shape=[result(shape, out.dtype, x_RI, interpret) for shape, out in zip(shapes, outs, strict=True)],
+        out_shape=results,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(n_outer, work.size, n_inner),
@@ -175,6 +209,7 @@ def products(
             scratch_shapes=[pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)] * n_sums,
         ),
         compiler_params=_compiler(blocks, ("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=_estimate(2 * rows * inner * outer * len(weights), x_RI, *weights, *extras, *results),
         name=name,
         interpret=interpret,
     )
@@ -186,14 +221,8 @@ def outer_products(
 ) -> jax.Array:
     """As `call.OuterProducts`."""
     (rows, inner), outer, n_groups = x_RI.shape, y_RO.shape[1], count_E.shape[0]
-    blocks = blocks or OUTER
-    (depth, height), (width, columns) = (
-        _fitted(inner, blocks.inner, blocks.height, 1),
-        _fitted(outer, blocks.outer, blocks.columns, 1),
-    )
-    blocks = blocks._replace(
-        rows=min(blocks.rows, _up(rows, SUBLANES)), inner=depth, outer=width, height=height, columns=columns
-    )
+    blocks = fit_outer(blocks or outer_blocks_of(chip()), rows, inner, outer)
+    height, columns = blocks.height, blocks.columns
     work = make_work(count_E, rows, blocks.rows, empty=True)
 
     n_columns, n_heights = blocks.outer // columns, blocks.inner // height
@@ -227,9 +256,10 @@ def outer_products(
         lax.fori_loop(0, n_heights * n_columns, add, None, unroll=blocks.unroll)
         pl.when(last)(lambda: lax.fori_loop(0, n_heights * n_columns, store, None))
 
+    sums = result((n_groups, inner, outer), dtype, x_RI, interpret)
     call = pl.pallas_call(
         kernel,
-        out_shape=result((n_groups, inner, outer), dtype, x_RI, interpret),
+        out_shape=sums,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer), work.size),
@@ -245,6 +275,7 @@ def outer_products(
             ],
         ),
         compiler_params=_compiler(blocks, ("parallel", "parallel", "arbitrary")),
+        cost_estimate=_estimate(2 * rows * inner * outer, x_RI, y_RO, sums),
         name=name,
         interpret=interpret,
     )
@@ -253,6 +284,12 @@ def outer_products(
 
 def _compiler(blocks: Blocks, dimensions: Any) -> Any:
     return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=blocks.vmem_mib * MIB)
+
+
+def _estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
+    """For XLA's schedule, and for whoever adds up a program's FLOPs: as if every row were of a group."""
+    moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def _cut(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:

@@ -1,0 +1,117 @@
+"""A compiled TPU kernel's final program, read bundle by bundle: what can be said of its speed without the hardware.
+
+libtpu writes the program's VLIW bundles as text, with the slots that each one uses, if it is asked to before it is loaded:
+`dump_flags`. A bundle takes a cycle unless it waits. A kernel is a loop over its grid with further loops inside; how often they
+run is for the kernel's author to say, and `cycles` then adds up.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{\s*(\}?)")
+_FILE = re.compile(r"\d+-(.+?)(?:\.\d+)?-\d+-final_hlo-static-per-bundle-utilization\.txt")
+SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
+
+
+class Loop(NamedTuple):
+    """A loop, or for depth 0 the whole kernel. `slots` are those in use, of all of its bundles, inner loops included."""
+
+    bundles: int
+    slots: Counter[str]
+    inner: tuple["Loop", ...]
+
+    @property
+    def own(self) -> int:
+        """Bundles outside of inner loops."""
+        return self.bundles - sum(loop.bundles for loop in self.inner)
+
+    @property
+    def spills(self) -> int:
+        """Vector registers that are put aside or fetched again."""
+        return sum(self.slots[name] for name in SPILLS)
+
+    def innermost(self) -> "Loop":
+        """The inner loop that keeps the matrix units busiest, or this one."""
+        busy = [loop.innermost() for loop in self.inner if loop.slots["MXU"]]
+        return max(busy, key=lambda loop: loop.slots["MXU"], default=self)
+
+
+class Program(NamedTuple):
+    name: str
+    capacity: dict[str, int]  # slots of a bundle
+    body: Loop
+
+    @property
+    def grid(self) -> Loop:
+        """One step of the kernel's grid."""
+        return max(self.body.inner, key=lambda loop: loop.bundles, default=self.body)
+
+    def share(self, loop: Loop, slot: str) -> float:
+        return loop.slots[slot] / (self.capacity[slot] * max(loop.bundles, 1))
+
+    def cycles(self, steps: float | int, trips: Sequence[float | int]) -> float:
+        """Bundles of a whole run: so many grid steps, with `trips` of each loop inside of one, on average.
+
+        Raises ValueError if the kernel has another number of loops than `trips`.
+        """
+        loops = self.grid.inner
+        if len(trips) != len(loops):
+            raise ValueError(f"{self.name}: expected trips of {len(loops)} loops, got {len(trips)}")
+        inner = sum(n * loop.bundles for n, loop in zip(trips, loops, strict=True))
+        return self.body.own + steps * (self.grid.own + inner)
+
+
+def dump_flags(folder: Path) -> str:
+    """Of LIBTPU_INIT_ARGS."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_"
+
+
+def read(folder: Path, name: str) -> Program:
+    """The kernel `name`, the last that was compiled. Raises ValueError if there is none, or its files say something else."""
+    paths = sorted(folder.glob("*per-bundle-utilization.txt"))
+    found = [path for path in paths if (match := _FILE.match(path.name)) and match[1] == name]
+    if not found:
+        raise ValueError(f"{folder}: expected the program of a kernel {name}, found none")
+    stem = found[-1].name.split("-00-final_hlo")[0]
+    (text,) = (path for path in folder.glob(f"{stem}-*final_bundles.txt") if "schedule" not in path.name)
+    return program(name, found[-1].read_text(), text.read_text())
+
+
+def program(name: str, utilisation: str, bundles: str) -> Program:
+    """From the two files' text."""
+    lines = utilisation.splitlines()
+    slots = [column.strip() for column in lines[1].split(",")]
+    used = [[int(n) for n in line.split()] for line in lines[3:] if re.fullmatch(r"\s*\d+(?: \d+)+\s*", line)]
+    marks: list[tuple[str | None, int]] = []
+    for line in bundles.splitlines():
+        if match := _BUNDLE.match(line):
+            empty = not match[2] and match[3] == "}"  # whose depth is not printed
+            marks.append((match[1], marks[-1][1] if empty and marks else len(match[2])))
+    if len(marks) > len(used):
+        raise ValueError(f"{name}: expected the slots of {len(marks)} bundles, got {len(used)}")
+    capacity = dict(zip(slots, map(int, lines[2].split()), strict=True))
+    counts = [Counter(dict(zip(slots, row, strict=True))) for row in used[: len(marks)]]
+    return Program(name, capacity, _loop(marks, counts, 0, len(marks), 0))
+
+
+def _loop(marks: Sequence[tuple[str | None, int]], counts: Sequence[Counter[str]], start: int, end: int, depth: int) -> Loop:
+    """Bundles start to end at this depth; deeper runs of them are loops, each of which begins with its label."""
+    runs: list[tuple[int, int]] = []
+    at = start
+    while at < end:
+        if marks[at][1] <= depth:
+            at += 1
+            continue
+        stop = at + 1
+        while stop < end and marks[stop][1] > depth and marks[stop] != ("LB", depth + 1):
+            stop += 1
+        if runs and marks[at][0] != "LB":  # the branch back is printed as if outside, what still runs behind it is not
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((at, stop))
+        at = stop
+    total = sum((counts[i] for i in range(start, end)), start=Counter())
+    return Loop(end - start, total, tuple(_loop(marks, counts, *run, depth + 1) for run in runs))

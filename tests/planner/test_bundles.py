@@ -1,0 +1,72 @@
+"""Bundles of a compiled kernel, from text as libtpu writes it."""
+
+import pytest
+
+from dsv3_jax.planner import bundles
+
+UTILISATION = """== CAPACTIY:
+MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
+    4     3     4     2     1     3     3     1     1     2
+== UTILIZATION:
+"""
+# A kernel of 12 bundles: the grid's loop has 9 of them, a loop inside 4 (the branch back is printed as outside of it, and so is
+# what is empty) and another one 2.
+BUNDLES = """= control target key start
+LB: loop body
+= control target key end
+
+     0   :  { %s1 = sld [smem:[#allocation0]] /* core id */ } /* entry bundle: %kernel.1 */
+   0x1 LB: > { %s2 = sadd.s32 1, %s1 }
+   0x2   : > { %s3 = sadd.s32 1, %s2 }
+   0x3 LB: >> { %v1 = vmatmul.bf16.gmra.mxu0 %v0 }
+   0x4   :  {}
+   0x5   : > { %9 = sbr.rel (%p1) target = $region1 }
+   0x6   : >> { %v2 = vpop.f32.mrf.mxu0 }
+   0x7 PF: > { %s4 = smov 0 }
+   0x8 LB: >> { %10 = vst [vmem:[#allocation2]] %v2 }
+   0x9   : >> { %11 = sbr.rel (%p2) target = $region2 }
+   0xa   :  { %12 = vsyncpa [#allocation7], 1 }
+   0xb   :  { %13 = vsyncpa [#allocation8], 1 } /* exit bundle: %kernel.1 */
+"""
+
+
+def used(*, mxu=(), fill=(), spill=()):
+    rows = []
+    for i in range(13):  # one more than there are bundles, as libtpu has it
+        row = [0] * 10
+        row[0], row[6], row[8] = 4 * (i in mxu), int(i in fill), int(i in spill)
+        rows.append(" ".join(map(str, row)))
+    return UTILISATION + "\n".join(rows) + "\n"
+
+
+def test_loops_are_found_with_their_slots():
+    program = bundles.program("kernel", used(mxu=[3, 4, 6], fill=[2], spill=[4]), BUNDLES)
+    assert (program.body.bundles, program.body.own) == (12, 3)
+    grid = program.grid
+    assert (grid.bundles, grid.own, [loop.bundles for loop in grid.inner]) == (9, 3, [4, 2])
+    main = grid.innermost()
+    assert main is grid.inner[0] and program.share(main, "MXU") == 3 / 4
+    assert (main.spills, grid.spills) == (1, 2)
+
+
+def test_cycles_are_bundles_times_trips():
+    program = bundles.program("kernel", used(mxu=[3]), BUNDLES)
+    assert program.cycles(10, (5, 0.5)) == 3 + 10 * (3 + 5 * 4 + 0.5 * 2)
+    with pytest.raises(ValueError, match="kernel: expected trips of 2 loops, got 1"):
+        program.cycles(10, (5,))
+
+
+def test_the_files_of_a_kernel_are_the_last_of_its_name(tmp_path):
+    for stamp, name, text in ((1, "kernel.1", ""), (2, "kernel.2", BUNDLES), (3, "kernel_b.1", "")):
+        (tmp_path / f"{stamp}-{name}-00-final_hlo-static-per-bundle-utilization.txt").write_text(used(mxu=[3]))
+        (tmp_path / f"{stamp}-{name}-01-schedule-analysis_final_bundles.txt").write_text("")
+        (tmp_path / f"{stamp}-{name}-02-final_bundles.txt").write_text(text)
+    assert bundles.read(tmp_path, "kernel").body.bundles == 12
+    with pytest.raises(ValueError, match="expected the program of a kernel other, found none"):
+        bundles.read(tmp_path, "other")
+
+
+def test_files_that_do_not_belong_together_are_refused():
+    short = UTILISATION + "0 0 0 0 0 0 0 0 0 0\n"
+    with pytest.raises(ValueError, match="kernel: expected the slots of 12 bundles, got 1"):
+        bundles.program("kernel", short, BUNDLES)
