@@ -67,7 +67,7 @@ def _child(chip: str) -> None:
         if (_KERNELS.value and case.kernel not in _KERNELS.value) or (case.peer and not _PEERS.value):
             continue
         operands = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in case.operands]
-        line = {"kernel": case.kernel, "chip": chip, "shape": case.shape}
+        line: dict[str, Any] = {"kernel": case.kernel, "chip": chip, "shape": case.shape}
         try:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 lowered = jax.jit(case.run).trace(*operands).lower(lowering_platforms=("tpu",))

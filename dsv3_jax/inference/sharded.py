@@ -166,7 +166,7 @@ def _experts(
     count_R = jnp.zeros(replicas.phy2log.shape, jnp.int32)
     count_R = varying(count_R, placement.token_axes).at[slots_nK.reshape(-1)].add(1, mode="drop")
     experts = {name: weight.astype(u_nD.dtype) for name, weight in params["experts"].items()}
-    implementation = config.experts_implementation
+    implementation: str = config.experts_implementation
     if implementation == "auto":
         implementation = default_implementation(placement.platform)
     here = partial(routed_experts, implementation=implementation)

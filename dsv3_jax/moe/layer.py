@@ -52,7 +52,8 @@ def moe(
     u_BTD = varying_like(params["experts"], u_BTD)  # once for all experts, shared ones too: its gradient is then summed once
     batch, length, hidden = u_BTD.shape
     flat = (batch * length, -1)
-    implementation, platform = config.experts_implementation, placement.platform if placement else jax.default_backend()
+    implementation: str = config.experts_implementation
+    platform = placement.platform if placement else jax.default_backend()
     if config.fp8 is None:
         implementation = default_implementation(platform) if implementation == "auto" else implementation
         experts = {n: w if is_stored(w) else w.astype(u_BTD.dtype) for n, w in params["experts"].items()}

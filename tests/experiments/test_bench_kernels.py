@@ -1,4 +1,4 @@
-"""The kernels' programs for TPUs that are not here: every kernel compiles at V3's shapes, and its lines say what they promise."""
+"""The kernels' programs for TPUs that are not here: each compiles at V3's shapes, and its lines say what they promise."""
 
 import importlib.util
 import json
