@@ -139,8 +139,9 @@ def _sides(tile: tuple[int, int], shape: tuple[int, ...]) -> list[int]:
 
 
 def _amax(x: Array, tile: tuple[int, int]) -> Array:
-    """[*stack, M, K] -> largest magnitude of each tile."""
+    """[*stack, M, K] -> largest magnitude of each tile; infinity where there is a NaN, which XLA's maximum on CPU may lose."""
     (m, k), (rows, columns) = x.shape[-2:], _sides(tile, x.shape)
+    x = jnp.where(jnp.isnan(x), jnp.inf, x)
     if m % rows or k % columns:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -m % rows), (0, -k % columns)])
     tiles = jnp.abs(x).reshape(*x.shape[:-2], -(-m // rows), rows, -(-k // columns), columns)

@@ -107,6 +107,18 @@ def test_e4m3_s_error_is_a_sixteenth_of_a_value_or_half_the_least_one():
         assert (error > 0.9 * np.maximum(2**-4 * np.abs(x), 2**-10 * s)).any()  # and comes near it
 
 
+@pytest.mark.parametrize("tile", [(1, 128), (128, 1), (128, 128), (0, 0)])
+def test_a_nan_in_a_large_matrix_is_not_lost_in_a_vectorised_maximum(tile):
+    x = np.ones((256, 512), np.float32)
+    x[130, 200] = np.nan
+    got = np.asarray(quantise(jnp.asarray(x), Quantiser(tile=tile)).astype(jnp.float32))
+    rows, columns = (side or size for side, size in zip(tile, x.shape, strict=True))
+    i, j = 130 // rows * rows, 200 // columns * columns
+    part = np.zeros(x.shape, bool)
+    part[i : i + rows, j : j + columns] = True
+    assert np.isnan(got[part]).all() and np.isfinite(got[~part]).all()
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "how", [Quantiser(tile=(1, 8)), Quantiser(tile=(8, 1)), Quantiser(tile=(8, 8), power_of_two=True)], ids=str
