@@ -1,0 +1,169 @@
+"""Attention for MLA on TPU's matrix units: the forward pass.
+
+The grid walks blocks of queries, then of keys. Within a step a loop over tiles of keys makes scores of all the block's queries,
+so that many rows stream past each key that the matrix units hold, and an online softmax in base 2 goes over them in chunks of a
+few rows. Its maxima are kept in all lanes, its sums in each lane for itself. Tiles above the diagonal are not computed, nor
+their blocks fetched; only those on it, or all where there are segments, are masked.
+"""
+
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, padded, rows_of_segments
+
+LANES, MIB = 128, 2**20
+
+
+class Blocks(NamedTuple):
+    """Queries and keys in VMEM; keys of one iteration, its queries on the diagonal; rows of one chunk of the softmax."""
+
+    queries: int = 1024
+    keys: int = 4096
+    tile: int = 512
+    height: int = 512
+    chunk: int = 32
+    vmem_mib: int = 48
+
+
+BLOCKS = Blocks()
+
+
+def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None) -> tuple[jax.Array, jax.Array]:
+    """As `call.Forward`."""
+    q, q_rope, k, k_rope, v, segments_BS, scale = operands
+    (B, H, T, C), (S, W), R = q.shape, v.shape[2:], q_rope.shape[3]
+    blocks = blocks or BLOCKS
+    block_T, tile = (min(size, up(side, LANES)) for size, side in ((blocks.queries, T), (blocks.tile, S)))
+    block_S = min(blocks.keys, up(S, tile))
+    height = min(blocks.height, block_T)
+    assert block_S % tile == 0 and block_T % height == 0 and height % blocks.chunk == 0
+    q, q_rope = (padded(x, block_T) for x in (q, q_rope))
+    k, k_rope, v = (padded(x, block_S) for x in (k, k_rope, v))
+    offset, tiles = S - T, block_S // tile
+    n_T, n_S = q.shape[2] // block_T, k.shape[2] // block_S
+    segments = [] if segments_BS is None else rows_of_segments(segments_BS, offset, block_T, block_S)
+
+    def kernel(q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any, *refs: Any) -> None:
+        (own, others), refs = (refs[:2], refs[2:]) if segments else ((None, None), refs)
+        out, lse, most, total, sums, scores, weights, *own_column = refs
+        i, j = pl.program_id(2), pl.program_id(3)
+
+        @pl.when(j == 0)
+        def start() -> None:
+            most[...] = jnp.full(most.shape, LOWEST, jnp.float32)
+            total[...] = jnp.zeros(total.shape, jnp.float32)
+            sums[...] = jnp.zeros(sums.shape, jnp.float32)
+            for column in own_column:
+                column[...] = jnp.broadcast_to(own[...], (LANES, block_T)).T
+
+        def add(top: int, height: int, diagonal: bool, t: Any, _: None) -> None:
+            """Keys of tile t to `height` queries from `top` on; on the diagonal not every query sees each of the keys."""
+            of_rows, of_tile = slice(top, top + height), pl.ds(pl.multiple_of(t * tile, tile), tile)
+            queries = beside(q[of_rows, :], q_rope[of_rows, :])
+            for part in range(0, tile, LANES):
+                at = pl.ds(pl.multiple_of(t * tile + part, LANES), LANES)
+                scores[of_rows, part : part + LANES] = dot(queries, beside(k[at, :], k_rope[at, :]), 1, 1)
+            for row in range(top, top + height, blocks.chunk):
+                at, shape, seen = slice(row, row + blocks.chunk), (blocks.chunk, tile), []
+                if diagonal:
+                    query = lax.broadcasted_iota(jnp.int32, shape, 0) + (offset + i * block_T + row)
+                    seen += [lax.broadcasted_iota(jnp.int32, shape, 1) + (j * block_S + t * tile) <= query]
+                for column in own_column:
+                    seen += [wide(column[at, :], tile) == jnp.broadcast_to(others[:, of_tile], shape)]
+                s = scores[at, :] * (scale * LOG2E)
+                s = jnp.where(reduce(jnp.logical_and, seen), s, -jnp.inf) if seen else s
+                before = most[at, :]
+                peak = jnp.maximum(before, s.max(axis=1, keepdims=True))
+                p, shrunk = jnp.exp2(s - wide(peak, tile)), jnp.exp2(before - peak)
+                most[at, :] = peak
+                total[at, :] = total[at, :] * shrunk + sum(p[:, c : c + LANES] for c in range(0, tile, LANES))
+                weights[at, :] = p.astype(weights.dtype)
+                sums[at, :] = sums[at, :] * wide(shrunk, W)
+            sums[of_rows, :] += dot(weights[of_rows, :], v[of_tile, :], 1, 0)
+
+        first = offset + i * block_T - j * block_S  # the block's first query, counted from its first key
+        whole = jnp.clip(lax.div(jnp.maximum(first + 1, 0), tile), 0, tiles)
+        lax.fori_loop(0, whole, partial(add, 0, block_T, False), None)
+        for top in range(0, block_T, height):
+            some = jnp.clip(lax.div(jnp.maximum(first + top + height + tile - 1, 0), tile), 0, tiles)
+            lax.fori_loop(whole, some, partial(add, top, height, True), None)
+
+        @pl.when(j == n_S - 1)
+        def finish() -> None:
+            all_lanes = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
+            none = all_lanes == 0  # of padding
+            all_lanes = jnp.where(none, 1.0, all_lanes)
+            out[...] = (sums[...] / wide(all_lanes, W)).astype(out.dtype)
+            lse[...] = jnp.where(none, 0.0, most[...] * LN2 + jnp.log(all_lanes)).T[:1, :]
+
+    def of_query(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return b, h, i, 0
+
+    def last(i: Any, j: Any) -> Any:
+        """Blocks above the diagonal: the one before them again, which is there already."""
+        return jnp.minimum(j, lax.div(jnp.minimum(offset + (i + 1) * block_T, S) - 1, block_S))
+
+    def of_key(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return b, h, last(i, j), 0
+
+    side = (None, None)
+    out, lse = pl.pallas_call(
+        kernel,
+        out_shape=[
+            jax.ShapeDtypeStruct((B, H, n_T * block_T, W), v.dtype),
+            jax.ShapeDtypeStruct((B, H, 1, n_T * block_T), jnp.float32),
+        ],
+        grid=(B, H, n_T, n_S),
+        in_specs=[
+            pl.BlockSpec((*side, block_T, C), of_query),
+            pl.BlockSpec((*side, block_T, R), of_query),
+            pl.BlockSpec((*side, block_S, C), of_key),
+            pl.BlockSpec((None, block_S, R), lambda b, h, i, j: (b, last(i, j), 0)),
+            pl.BlockSpec((*side, block_S, W), of_key),
+            *[
+                pl.BlockSpec((None, 1, block_T), lambda b, h, i, j: (b, 0, i)),
+                pl.BlockSpec((None, 1, block_S), lambda b, h, i, j: (b, 0, last(i, j))),
+            ][: len(segments)],
+        ],
+        out_specs=[
+            pl.BlockSpec((*side, block_T, W), of_query),
+            pl.BlockSpec((*side, 1, block_T), lambda b, h, i, j: (b, h, 0, i)),
+        ],
+        scratch_shapes=[
+            *(pltpu.VMEM((block_T, width), jnp.float32) for width in (LANES, LANES, W, tile)),
+            pltpu.VMEM((block_T, tile), v.dtype),
+            *[pltpu.VMEM((block_T, LANES), jnp.int32)][: len(segments)],
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_mib * MIB
+        ),
+        name="mla_attention",
+        interpret=interpret,
+    )(q, q_rope, k, k_rope, v, *segments)
+    return out[:, :, :T], lse[:, :, 0, :T]
+
+
+def up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def wide(x: jax.Array, width: int) -> jax.Array:
+    """[rows, LANES], the same in all lanes -> [rows, width]."""
+    return x[:, :width] if width <= LANES else jnp.concatenate([x] * pl.cdiv(width, LANES), axis=1)[:, :width]
+
+
+def beside(content: jax.Array, rope: jax.Array) -> jax.Array:
+    """In registers, where it costs nothing: the matrix units sum over both at once, and are deep enough on some chips."""
+    return jnp.concatenate([content, rope], axis=1)
+
+
+def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    numbers = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
