@@ -12,6 +12,14 @@ EXPERTS = Literal[
     "auto", "bucketed", "ragged_dot", "dense",
     "pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret",
 ]  # fmt: skip
+ATTENTION = Literal[
+    "auto", "blockwise",
+    "pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret",
+]  # fmt: skip
+ROUTER = Literal[
+    "auto", "top_k",
+    "pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret",
+]  # fmt: skip
 DTYPES = Literal["float32", "bfloat16"]
 FP8_FORMATS = Literal["e4m3", "e5m2"]
 
@@ -152,6 +160,8 @@ class ModelConfig:
     fp8: Fp8Recipe | None = None  # null: linear layers in the compute dtype; the published run had the recipe's defaults
     remat: Literal["none", "report", "full"] = "report"
     experts_implementation: EXPERTS = "auto"
+    attention_implementation: ATTENTION = "auto"  # blockwise everywhere, until a kernel's time has been measured
+    router_implementation: ROUTER = "auto"  # top_k everywhere, likewise
 
     def __post_init__(self) -> None:
         _require_choice(self)
@@ -180,6 +190,11 @@ class ModelConfig:
         require(
             self.fp8 is None or self.experts_implementation in ("auto", "bucketed", "ragged_dot"),
             f"experts_implementation: FP8 has auto, bucketed and ragged_dot, got {self.experts_implementation!r}",
+        )
+        require(
+            self.attention_implementation in ("auto", "blockwise") or (self.attention == "mla" and self.fp8 is None),
+            f"attention_implementation: kernels are for attention=mla without fp8, got {self.attention_implementation!r}; "
+            "expected auto or blockwise",
         )
         if self.n_moe_layers:
             self._validate_router()

@@ -176,7 +176,7 @@ def _typed(name: str, value: Any) -> Any:
 def released_json(config: ModelConfig, *, dtype: str, quantization: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A config.json for `config`: the released file's keys, then those fields of ours that it could not be read from."""
     ours = dataclasses.asdict(config)
-    for name in ("param_dtype", "compute_dtype", "remat", "experts_implementation"):
+    for name in ("param_dtype", "compute_dtype", "remat", *(name for name in ours if name.endswith("_implementation"))):
         del ours[name]
     yarn = ours.pop("rope_scaling")
     family = {"kind": "deepseek_v3", "class": "DeepseekV3ForCausalLM"}

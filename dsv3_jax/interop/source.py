@@ -13,7 +13,9 @@ from dsv3_jax.interop.orbax_folder import TABLE, OrbaxFolder
 from dsv3_jax.interop.run_folder import RunFolder
 
 # In which the numbers are made, and not what they mean: config.json does not speak of these.
-NUMERICS: dict[str, Any] = {"remat": "none", "experts_implementation": "auto", "fp8": None}
+NUMERICS: dict[str, Any] = {"remat": "none", "fp8": None} | {
+    f"{name}_implementation": "auto" for name in ("experts", "attention", "router")
+}
 
 
 class Source(NamedTuple):

@@ -13,10 +13,12 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.precision import attention_cache, products
+from dsv3_jax.kernels.attention.api import mla_attention
 from dsv3_jax.model.attention import attention_and_cache, causal_attention
 from dsv3_jax.model.layers import linear, rms_norm
 from dsv3_jax.model.rope import apply_rope, softmax_scale
 from dsv3_jax.model.spec import Spec, SpecTree, gain
+from dsv3_jax.parallel.collectives import varying_like
 
 
 class Heads(NamedTuple):
@@ -111,6 +113,13 @@ def attention(
     project = _mla_heads if config.attention == "mla" else plain_heads
     heads = project(params, x_BTD, config)
     q_rope, k_rope = apply_rope(heads.q_rope_BHTR, *rope), apply_rope(heads.k_rope_BGTR, *rope)
+    if config.attention_implementation not in ("auto", "blockwise"):
+        operands = heads.q_content_BHTC, q_rope, heads.k_content_BGTC, k_rope[:, 0], heads.v_BGTW
+        q, q_rope, k, k_rope, v = varying_like(operands, operands)
+        segments_BS = None if segments_BT is None else varying_like(operands, segments_BT)
+        how = config.attention_implementation
+        out_BHTW = mla_attention(q, q_rope, k, k_rope, v, segments_BS, softmax_scale(config), implementation=how)
+        return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype))
     k_rope = jnp.broadcast_to(k_rope, (*heads.k_content_BGTC.shape[:3], k_rope.shape[-1]))
     q_BHTK = jnp.concatenate([heads.q_content_BHTC, q_rope], axis=-1)
     k_BGTK = jnp.concatenate([heads.k_content_BGTC, k_rope], axis=-1)

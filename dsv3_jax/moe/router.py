@@ -16,6 +16,7 @@ from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8 import linear as fp8
 from dsv3_jax.fp8.precision import products
+from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.parallel.collectives import varying_like
 from dsv3_jax.plugins import resolve
 
@@ -71,6 +72,10 @@ def route(
         x, weight_DE = varying_like((x, weight_DE), (x, weight_DE))
         logits = fp8.linear(x, weight_DE, how)
     logits = remat.name(logits, remat.ROUTER)
+    if config.router_implementation not in ("auto", "top_k"):
+        bias_E = varying_like(logits, bias_E)
+        choice = choose(logits, bias_E, config, implementation=config.router_implementation)
+        return Routing(choice.indices, choice.gates, choice.scores, logits, choice.margin)
     scores = resolve("scoring_func", config.scoring_func, SCORE_FUNCTIONS)(logits)
     _require_like(logits, scores, "scoring_func", config.scoring_func)
     biased = jax.lax.stop_gradient(scores) + bias_E.reshape((1,) * (scores.ndim - 1) + (-1,))

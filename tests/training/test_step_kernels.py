@@ -9,11 +9,12 @@ from oracles.checks_step import RELEASED, rows, run_gradients, step_config
 from oracles.random_checkpoint import random_tensors
 
 
-@pytest.mark.parametrize("experts", ["pallas_tpu:interpret", "pallas_gpu:interpret"])
-def test_the_step_with_kernels_is_the_step_without(experts):
+@pytest.mark.parametrize("kernels", ["pallas_tpu:interpret", "pallas_gpu:interpret"])
+def test_the_step_with_kernels_is_the_step_without(kernels):
     config, tensors = step_config(RELEASED, model={"remat": "report"}), random_tensors(RELEASED, seed=0)
     plain, terms = run_gradients(config, tensors, rows(), 2)
-    with_kernels, kernel_terms = run_gradients(override(config, {"experts_implementation": experts}), tensors, rows(), 2)
+    all_of_them = {f"{name}_implementation": kernels for name in ("experts", "attention", "router")}
+    with_kernels, kernel_terms = run_gradients(override(config, all_of_them), tensors, rows(), 2)
     # float32 sums in another order, once forward and once backward: some 2^-24 * sqrt(terms) of each tensor's norm.
     for (path, a), b in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(with_kernels), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), jax.tree_util.keystr(path)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, padded, rows_of_segments
+from dsv3_jax.kernels.modes import result
 
 
 class Blocks(NamedTuple):
@@ -63,8 +64,8 @@ def forward(operands: Operands, *, interpret: Any) -> tuple[jax.Array, jax.Array
         out[b, h, at, :] = (sums / total[:, None]).astype(out.dtype)
         lse[b, h, at] = jnp.where(none, 0.0, most * LN2 + jnp.log(total))
 
-    shapes = [jax.ShapeDtypeStruct((B, H, call.n_T * block_T, W), operands.v_BHSW.dtype)]
-    shapes += [jax.ShapeDtypeStruct((B, H, call.n_T * block_T), jnp.float32)]
+    shapes = [result((B, H, call.n_T * block_T, W), operands.v_BHSW.dtype, operands.v_BHSW, interpret)]
+    shapes += [result((B, H, call.n_T * block_T), jnp.float32, operands.v_BHSW, interpret)]
     out, lse = call.run(kernel, shapes, (call.n_T, H, B), "mla_attention", interpret)
     return out[:, :, :T, : operands.v_BHSW.shape[3]], lse[:, :, :T]
 
@@ -101,7 +102,7 @@ def _of_queries(operands: Operands, lse: jax.Array, delta: jax.Array, d_out: jax
         for total, ref in zip(sums, (dq, dq_rope), strict=True):
             ref[b, h, at, :] = (total * call.scale).astype(ref.dtype)
 
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.arrays[:2]]
+    shapes = [result(x.shape, x.dtype, operands.v_BHSW, interpret) for x in call.arrays[:2]]
     found = call.run(kernel, shapes, (call.n_T, H, B), "mla_attention_of_queries", interpret)
     return [x[:, :, :T, : ours.shape[3]] for x, ours in zip(found, operands[:2], strict=True)]
 
@@ -132,8 +133,8 @@ def _of_keys(operands: Operands, lse: jax.Array, delta: jax.Array, d_out: jax.Ar
             ref[b, h, to, :] = (total * factor).astype(ref.dtype)
 
     k, k_rope, v = call.arrays[2:5]
-    shapes = [jax.ShapeDtypeStruct(k.shape, k.dtype)]
-    shapes += [jax.ShapeDtypeStruct((B, H, *k_rope.shape[1:]), jnp.float32), jax.ShapeDtypeStruct(v.shape, v.dtype)]
+    kinds = (k.shape, k.dtype), ((B, H, *k_rope.shape[1:]), jnp.float32), (v.shape, v.dtype)
+    shapes = [result(shape, dtype, operands.v_BHSW, interpret) for shape, dtype in kinds]
     dk, dk_rope, dv = call.run(kernel, shapes, (call.n_S, H, B), "mla_attention_of_keys", interpret)
     found = dk, dk_rope.sum(axis=1).astype(k.dtype), dv
     return [x[..., :S, : ours.shape[-1]] for x, ours in zip(found, operands[2:5], strict=True)]

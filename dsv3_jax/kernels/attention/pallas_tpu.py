@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, padded, rows_of_segments
+from dsv3_jax.kernels.modes import result
 
 LANES, MIB = 128, 2**20
 
@@ -116,8 +117,8 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
     out, lse = pl.pallas_call(
         kernel,
         out_shape=[
-            jax.ShapeDtypeStruct((B, H, n_T * block_T, W), v.dtype),
-            jax.ShapeDtypeStruct((B, H, 1, n_T * block_T), jnp.float32),
+            result((B, H, n_T * block_T, W), v.dtype, v, interpret),
+            result((B, H, 1, n_T * block_T), jnp.float32, v, interpret),
         ],
         grid=(B, H, n_T, n_S),
         in_specs=[

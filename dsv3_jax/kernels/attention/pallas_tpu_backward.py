@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.attention.call import LOG2E, Operands, padded, rows_of_segments
 from dsv3_jax.kernels.attention.pallas_tpu import LANES, MIB, beside, dot, up, wide
+from dsv3_jax.kernels.modes import result
 
 
 class Blocks(NamedTuple):
@@ -159,11 +160,11 @@ def backward(
     dq, dq_rope, dk, dk_rope, dv = pl.pallas_call(
         kernel,
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(q_rope.shape, q.dtype),
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct((B, cores, *k_rope.shape[1:]), jnp.float32),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            result(q.shape, q.dtype, q, interpret),
+            result(q_rope.shape, q.dtype, q, interpret),
+            result(k.shape, k.dtype, q, interpret),
+            result((B, cores, *k_rope.shape[1:]), jnp.float32, q, interpret),
+            result(v.shape, v.dtype, q, interpret),
         ],
         grid=(B, cores, heads, n_S, n_T),
         in_specs=[

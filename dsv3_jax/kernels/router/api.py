@@ -80,7 +80,7 @@ def _forward(logits_NE: Array, bias_E: Array, how: How, mode: Mode) -> tuple[Rou
     return routed, (routed.scores_NE, routed.indices_NK)
 
 
-def _backward(how: How, mode: Mode, saved: Any, d: Routed) -> tuple[Array, Array]:
+def _backward(how: How, mode: Mode, saved: Any, d: Routed) -> tuple[Array, None]:
     scores_NE, indices_NK = saved
 
     def gates(scores_NE: Array) -> Array:
@@ -93,7 +93,7 @@ def _backward(how: How, mode: Mode, saved: Any, d: Routed) -> tuple[Array, Array
         dlogits_NE = ds_NE * scores_NE * (1 - scores_NE)
     else:
         dlogits_NE = scores_NE * (ds_NE - (scores_NE * ds_NE).sum(axis=1, keepdims=True))
-    return dlogits_NE, jnp.zeros((scores_NE.shape[1],), jnp.float32)
+    return dlogits_NE, None
 
 
 _choose.defvjp(_forward, _backward)

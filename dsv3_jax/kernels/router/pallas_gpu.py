@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.router.call import How, Routed, gates_of, scores_of
 
 
@@ -62,10 +63,10 @@ def choose(logits_NE: jax.Array, bias_E: jax.Array, how: How, *, interpret: Any)
         *pl.pallas_call(
             kernel,
             out_shape=[
-                jax.ShapeDtypeStruct((n, how.k), jnp.int32),
-                jax.ShapeDtypeStruct((n, how.k), jnp.float32),
-                jax.ShapeDtypeStruct((n, experts), jnp.float32),
-                jax.ShapeDtypeStruct((n,), jnp.float32),
+                result((n, how.k), jnp.int32, logits_NE, interpret),
+                result((n, how.k), jnp.float32, logits_NE, interpret),
+                result((n, experts), jnp.float32, logits_NE, interpret),
+                result((n,), jnp.float32, logits_NE, interpret),
             ],
             grid=(pl.cdiv(n, tokens),),
             compiler_params=plgpu.CompilerParams(num_warps=BLOCKS.warps),

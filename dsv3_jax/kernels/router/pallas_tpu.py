@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.router.call import How, Routed, gates_of, scores_of
 from dsv3_jax.kernels.traffic import Operand, moved
 
@@ -81,7 +82,7 @@ def choose(logits_NE: jax.Array, bias_E: jax.Array, how: How, *, interpret: Any)
     specs = [pl.BlockSpec(operand.block, operand.at) for operand in operands]
     indices_KN, gates_KN, margin_1N, scores_NE = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands[2:]],
+        out_shape=[result(operand.shape, operand.dtype, logits_NE, interpret) for operand in operands[2:]],
         grid=(steps,),
         in_specs=specs[:2],
         out_specs=specs[2:],
