@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)  # softmax is computed in base 2
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # a maximum before any score: -inf less it is -inf, not NaN
@@ -36,6 +37,18 @@ class Backward(Protocol):
         self, operands: Operands, lse_BHT: jax.Array, delta_BHT: jax.Array, d_out_BHTW: jax.Array, *, interpret: Any
     ) -> tuple[jax.Array, ...]:
         """Gradients with respect to the five arrays; `delta` is the product of a query's result with its gradient, float32."""
+
+
+def cost_of(operands: Operands, *, products_of_keys: int, products_of_values: int) -> pl.CostEstimate:
+    """Of so many products with keys, C + R wide, and with values, W wide, for each pair of a query and a key that it sees.
+
+    For XLA's schedule, and for whoever adds up a program's FLOPs; as if all positions were of one document.
+    """
+    (B, H, T, C), R, (S, W) = operands.q_content_BHTC.shape, operands.q_rope_BHTR.shape[3], operands.v_BHSW.shape[2:]
+    pairs = B * H * (T * S - T * (T - 1) // 2)
+    flops = 2 * pairs * (products_of_keys * (C + R) + products_of_values * W)
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in operands[:5])
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=pairs)
 
 
 def padded(x: jax.Array, step: int, axis: int = -2) -> jax.Array:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, padded, rows_of_segments
+from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, cost_of, padded, rows_of_segments
 from dsv3_jax.kernels.modes import result
 
 LANES, MIB = 128, 2**20
@@ -144,6 +144,7 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_mib * MIB
         ),
+        cost_estimate=cost_of(operands, products_of_keys=1, products_of_values=1),
         name="mla_attention",
         interpret=interpret,
     )(q, q_rope, k, k_rope, v, *segments)

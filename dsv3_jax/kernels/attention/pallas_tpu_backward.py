@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.attention.call import LOG2E, Operands, padded, rows_of_segments
+from dsv3_jax.kernels.attention.call import LOG2E, Operands, cost_of, padded, rows_of_segments
 from dsv3_jax.kernels.attention.pallas_tpu import LANES, MIB, beside, dot, up, wide
 from dsv3_jax.kernels.modes import result
 
@@ -202,6 +202,7 @@ def backward(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_mib * MIB,
         ),
+        cost_estimate=cost_of(operands, products_of_keys=3, products_of_values=2),
         name="mla_attention_backward",
         interpret=interpret,
     )(q, q_rope, k, k_rope, v, lse, delta, d_out, *segments)
