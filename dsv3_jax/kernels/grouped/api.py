@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.kernels.grouped import pallas_gpu, pallas_tpu, reference, xla
-from dsv3_jax.kernels.grouped.call import PARTIAL, Out, OuterProducts, Products
+from dsv3_jax.kernels.grouped.call import Out, OuterProducts, Products
 from dsv3_jax.kernels.modes import Mode, mode_of
 
 
@@ -155,7 +155,7 @@ def _swiglu_backward(mode: Mode, saved: Any, dy: Array) -> Any:
         sigmoid = jax.nn.sigmoid(g)
         silu = g * sigmoid
         da = dh * gates
-        return da * u * (sigmoid + silu * (1 - sigmoid)), da * silu, silu * u * gates, _partial(dh * silu * u)
+        return da * u * (sigmoid + silu * (1 - sigmoid)), da * silu, silu * u * gates, dh * silu * u
 
     if x.shape[0] == 0:
         return (*(jnp.zeros_like(v) for v in (x, gates_R, gate, up, down)), None)
@@ -169,13 +169,6 @@ def _swiglu_backward(mode: Mode, saved: Any, dy: Array) -> Any:
     dx = _one(mode, du, up, count_E, kind, transposed=True, plus=dx)
     dgate, dup = (_outer(mode, x, d, count_E, gate.dtype) for d in (dg, du))
     return dx, dgates.sum(axis=1), dgate, dup, _outer(mode, a, dy, count_E, down.dtype), None
-
-
-def _partial(values: Array) -> Array:
-    """Sums of every PARTIAL-th column: [rows, O] -> [rows, PARTIAL]."""
-    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % PARTIAL)))
-    first, *others = jnp.split(padded, padded.shape[1] // PARTIAL, axis=1)
-    return sum(others, start=first)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)

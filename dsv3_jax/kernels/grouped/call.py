@@ -7,11 +7,11 @@ import jax
 
 # (products of a row with its matrix in each weight, the row's extras) -> outputs; all float32, [rows, columns]
 Epilogue = Callable[[Sequence[jax.Array], Sequence[jax.Array]], Sequence[jax.Array]]
-PARTIAL = 128  # columns of a partial sum
+PARTIAL = 128  # columns that partial sums are added up to
 
 
 class Out(NamedTuple):
-    """An output's dtype, and whether it is as wide as the products or, for some columns of them at a time, PARTIAL wide."""
+    """An output's dtype, and whether of a row only the sum is asked for: then in however many parts, one a column."""
 
     dtype: Any
     partial: bool = False

@@ -55,7 +55,7 @@ def products(
     height, n_outer, n_inner = x_RI.shape[0], pl.cdiv(outer, blocks.outer), pl.cdiv(inner, blocks.inner)
     none = height - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
     work = make_work(jnp.append(count_E, none), height, blocks.rows)
-    widths = [PARTIAL if out.partial else blocks.outer for out in outs]
+    widths = [min(PARTIAL, blocks.outer) if out.partial else blocks.outer for out in outs]
 
     def kernel(group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, *refs: Any) -> None:
         ws, more, ys = refs[: len(weights)], refs[len(weights) : len(weights) + len(extras)], refs[-len(outs) :]
@@ -77,6 +77,7 @@ def products(
             totals = lax.fori_loop(0, jnp.where(group < n_groups, n_inner, 0), add, zeros)
             beside = [(v[rows_at, :] if v.shape[1] == 1 else v[rows_at, at]).astype(jnp.float32) for v in more]
             for y, value, width in zip(ys, epilogue(totals, beside), widths, strict=True):
+                value = value.reshape(blocks.rows, blocks.outer // width, width).sum(axis=1)
                 value = jnp.where(group < n_groups, value, 0.0).astype(y.dtype)
                 plgpu.store(y.at[rows_at, _at(j, width)], value, mask=jnp.broadcast_to(own, value.shape))
 

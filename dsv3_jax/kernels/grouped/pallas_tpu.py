@@ -114,7 +114,8 @@ def products(
     n_inner, n_outer = pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer)
     none = rows - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
     work = make_work(jnp.append(count_E, none), rows, blocks.rows)
-    n_columns = [PARTIAL if out.partial else blocks.columns for out in outs]
+    partial_columns = PARTIAL if blocks.columns % PARTIAL == 0 else blocks.columns
+    n_columns = [partial_columns if out.partial else blocks.columns for out in outs]
     iterations = blocks.outer // blocks.columns
     n_sums = len(weights) if len(weights) > 1 or n_inner > 1 else 0  # else a product goes straight to the epilogue
 
@@ -143,7 +144,8 @@ def products(
                 column = lax.broadcasted_iota(jnp.int32, (1, blocks.columns), 1)
                 within = column + j * blocks.outer + lax.rem(i, iterations) * blocks.columns < outer
                 totals, beside = ([jnp.where(within, v, 0.0) for v in values] for values in (totals, beside))
-            store(i, epilogue(totals, beside))
+            values = epilogue(totals, beside)
+            store(i, [_folded(value, width) for value, width in zip(values, n_columns, strict=True)])
 
         def each(body: Callable[[Any], None]) -> None:
             """For all columns of those rows of the tile among which are the group's."""
@@ -187,7 +189,7 @@ def products(
         return tile_S[s], 0
 
     sides = (blocks.outer, blocks.inner) if transposed else (blocks.inner, blocks.outer)
-    shapes = [(rows, n_outer * iterations * PARTIAL if out.partial else outer) for out in outs]
+    shapes = [(rows, n_outer * iterations * partial_columns if out.partial else outer) for out in outs]
     results = [result(shape, out.dtype, x_RI, interpret) for shape, out in zip(shapes, outs, strict=True)]
     call = pl.pallas_call(
         kernel,
@@ -284,6 +286,12 @@ def outer_products(
 
 def _compiler(blocks: Blocks, dimensions: Any) -> Any:
     return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=blocks.vmem_mib * MIB)
+
+
+def _folded(values: jax.Array, width: int) -> jax.Array:
+    """Every `width` columns, added up."""
+    first, *others = (values[:, start : start + width] for start in range(0, values.shape[1], width))
+    return sum(others, start=first)
 
 
 def _estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
