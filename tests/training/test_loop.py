@@ -356,8 +356,9 @@ def test_a_full_disk_under_a_checkpoint_is_one_line_and_the_run_goes_on_when_the
 )
 def test_a_users_mistake_is_one_line_and_exit_status_2(capsys, flags, message, reference, tmp_path):
     settings = set_flags(micro_settings(reference.root))
-    if "preset" not in absl_flags.FLAGS:
+    if "preset" not in absl_flags.FLAGS:  # else by another test of this process, perhaps without the next
         _cli.define_config_flags()
+    if "coordinator" not in absl_flags.FLAGS:
         _cli.define_process_flags()
     if "init" not in absl_flags.FLAGS:
         program.define_flags()
