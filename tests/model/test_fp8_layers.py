@@ -65,7 +65,9 @@ def swiglu_in_float64(x, weights, dy, config, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("recipe", [{}, {"tile": 16}, {"gradient_format": "e5m2"}], ids=str)
+@pytest.mark.parametrize(
+    "recipe", [{"tile": 16}, *(pytest.param(r, marks=pytest.mark.slow) for r in ({}, {"gradient_format": "e5m2"}))], ids=str
+)
 def test_swiglu_and_its_gradients_are_the_rounded_operands_with_its_inputs_from_the_cache(recipe, dtype):
     config, hidden, width = configured(**recipe), 40, 150
     x, dy = normal(37, hidden, seed=0, dtype=dtype), normal(37, hidden, seed=1, dtype=dtype)
@@ -111,7 +113,7 @@ def test_the_down_projection_s_delayed_scale_is_its_history_s_and_it_says_what_i
     np.testing.assert_allclose(amax[0, 0], np.abs(h).max(), rtol=0.15)  # from inputs rounded to 4 bits, twice 2^-4
 
 
-@pytest.mark.parametrize("cache", ["e5m6", "e4m3", "compute"])
+@pytest.mark.parametrize("cache", ["e5m6", pytest.param("e4m3", marks=pytest.mark.slow), "compute"])
 def test_o_proj_s_weight_gradient_is_of_the_attention_s_output_as_it_was_kept(cache, monkeypatch):
     config = configured(attention_cache=cache)
     seen = {}
