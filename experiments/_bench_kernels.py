@@ -12,8 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from dsv3_jax.kernels.grouped import cost, pallas_tpu
+from dsv3_jax.fp8.quantize import Quantiser
+from dsv3_jax.kernels.attention.api import mla_attention
+from dsv3_jax.kernels.decode.api import decode_attention, paged_decode_attention
+from dsv3_jax.kernels.grouped import pallas_tpu
 from dsv3_jax.kernels.grouped.call import Out
+from dsv3_jax.kernels.grouped.cost import Cost, of_outer, of_products
+from dsv3_jax.kernels.quantise.api import quantise, requantise_transposed, swiglu_quantise
+from dsv3_jax.kernels.router.api import choose
+from dsv3_jax.presets import preset
 
 BF16 = jnp.dtype(jnp.bfloat16)
 HIDDEN, WIDTH = 7168, 2048
@@ -29,8 +36,8 @@ class Case(NamedTuple):
     shape: str
     run: Callable[..., Any]
     operands: tuple[jax.ShapeDtypeStruct, ...]
-    cost: cost.Cost
-    blocks: tuple[int, ...]
+    cost: Cost | None = None  # None: the loops' trips are not counted
+    blocks: tuple[int, ...] = ()
     peer: bool = False
 
 
@@ -43,6 +50,12 @@ def cases(kind: str) -> list[Case]:
         *_product("grouped_down_transposed", kind, HIDDEN, WIDTH, transposed=True),
         _swiglu(kind),
         *_outer(kind),
+        *_attention(4096),
+        *_attention(32768),
+        *_decode(4096),
+        *_decode(32768),
+        _router(),
+        *_quantise(),
     ]
     return found
 
@@ -56,7 +69,7 @@ GROUPS = _array(EXPERTS, dtype=jnp.int32)
 
 def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) -> list[Case]:
     blocks = pallas_tpu.blocks_of(kind, 1, transposed)
-    ours = cost.of_products(COUNTS, ROWS, inner, outer, blocks, weights=1, wide_extras=0, outs=1)
+    ours = of_products(COUNTS, ROWS, inner, outer, blocks, weights=1, wide_extras=0, outs=1)
     weight = _array(EXPERTS, *((outer, inner) if transposed else (inner, outer)))
     shape, operands = f"{ROWS}x{inner}x{outer}", (_array(ROWS, inner), weight, GROUPS)
 
@@ -80,7 +93,7 @@ def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) 
 
 def _swiglu(kind: str) -> Case:
     blocks = pallas_tpu.blocks_of(kind, 2, False)
-    ours = cost.of_products(COUNTS, ROWS, HIDDEN, WIDTH, blocks, weights=2, wide_extras=0, outs=3)
+    ours = of_products(COUNTS, ROWS, HIDDEN, WIDTH, blocks, weights=2, wide_extras=0, outs=3)
     weight = _array(EXPERTS, HIDDEN, WIDTH)
     operands = (_array(ROWS, HIDDEN), weight, weight, _array(ROWS, 1, dtype=jnp.float32), GROUPS)
 
@@ -99,7 +112,7 @@ def _swiglu(kind: str) -> Case:
 
 def _outer(kind: str) -> list[Case]:
     blocks = pallas_tpu.outer_blocks_of(kind)
-    ours = cost.of_outer(COUNTS, ROWS, HIDDEN, WIDTH, blocks)
+    ours = of_outer(COUNTS, ROWS, HIDDEN, WIDTH, blocks)
     shape, operands = f"{HIDDEN}x{ROWS}x{WIDTH}", (_array(ROWS, HIDDEN), _array(ROWS, WIDTH), GROUPS)
 
     def run(x: Any, y: Any, count: Any) -> Any:
@@ -114,6 +127,72 @@ def _outer(kind: str) -> list[Case]:
         theirs = ours._replace(steps=steps, trips=(), flops=2 * steps * tiles[0] * tiles[1] * tiles[2])
         found.append(Case("grouped_outer", "tgmm", shape, partial(peer, tiles), operands, theirs, tiles, peer=True))
     return found
+
+
+TPU = "pallas_tpu"
+HEADS, CONTENT, ROPE = 128, 128, 64
+
+
+def _attention(length: int) -> list[Case]:
+    heads = _array(1, HEADS, length, CONTENT)
+    operands = (heads, _array(1, HEADS, length, ROPE), heads, _array(1, length, ROPE), heads)
+    shape = f"{HEADS}x{length}x({CONTENT}+{ROPE},{CONTENT})"
+
+    def forward(q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any) -> Any:
+        return mla_attention(q, q_rope, k, k_rope, v, None, 0.1, implementation=TPU)
+
+    def both(*arrays: Any) -> Any:
+        return jax.vjp(forward, *arrays)[1](arrays[4])
+
+    return [Case("attention", "mla_attention", shape, forward, operands),
+            Case("attention_backward", "mla_attention_backward", shape, both, operands)]  # fmt: skip
+
+
+def _decode(length: int) -> list[Case]:
+    batch, width, page = 32, 640, 64  # a row of 576 lies in 640 lanes
+    q, lengths = _array(batch, 1, HEADS, 512 + ROPE), _array(batch, dtype=jnp.int32)
+    pages, table = _array(batch * length // page, page, width), _array(batch, length // page, dtype=jnp.int32)
+
+    def contiguous(q: Any, cache: Any, lengths: Any) -> Any:
+        return decode_attention(q, cache, lengths, latent=512, scale=0.1, implementation=TPU)
+
+    def paged(q: Any, cache: Any, table: Any, lengths: Any) -> Any:
+        return paged_decode_attention(q, cache, table, lengths, latent=512, scale=0.1, implementation=TPU)
+
+    shape = f"{batch}x{HEADS}x{length}"
+    return [Case("decode", "decode", shape, contiguous, (q, _array(batch, length, width), lengths)),
+            Case("decode_paged", "decode_paged", shape, paged, (q, pages, table, lengths))]  # fmt: skip
+
+
+def _router() -> Case:
+    config, experts = preset("deepseek_v3_671b").model, 256
+
+    def run(logits: Any, bias: Any) -> Any:
+        return choose(logits, bias, config, implementation=TPU)
+
+    operands = (_array(ROWS, experts, dtype=jnp.float32), _array(experts, dtype=jnp.float32))
+    return Case("router", "router", f"{ROWS}x{experts}", run, operands)
+
+
+def _quantise() -> list[Case]:
+    def tiles(tile: tuple[int, int], x: Any) -> Any:
+        return quantise(x, Quantiser(tile=tile), implementation=TPU)
+
+    def swiglu(g: Any, u: Any) -> Any:
+        return swiglu_quantise(g, u, Quantiser(), implementation=TPU)
+
+    def transposed(x: Any) -> Any:
+        return requantise_transposed(
+            quantise(x, Quantiser(), implementation="reference"), Quantiser(tile=(128, 1)), implementation=TPU
+        )
+
+    rows, wide = _array(ROWS, HIDDEN), _array(ROWS, WIDTH)
+    return [
+        *(Case(f"quantise_{m}x{k}", "quantise", f"{ROWS}x{HIDDEN}", partial(tiles, (m, k)), (rows,))
+          for m, k in ((1, 128), (128, 1), (128, 128))),
+        Case("quantise_swiglu", "swiglu_quantise", f"{ROWS}x{WIDTH}", swiglu, (wide, wide)),
+        Case("requantise_transposed", "requantise_transposed", f"{ROWS}x{HIDDEN}", transposed, (rows,)),
+    ]  # fmt: skip
 
 
 def _tiles(rows: int) -> int:

@@ -4,10 +4,10 @@
 
 Nothing runs: libtpu (`pip install 'dsv3_jax[aot]'`) compiles each kernel at DeepSeek-V3's shapes for chips that are not here,
 and writes down its bundles, of which one is issued a cycle. JSON lines, a kernel and a chip each: of the loop that keeps the
-matrix units busiest its `bundles`, the share of the units' slots in use and the registers that are spilled in it; `vmem_limit`
-in MiB; the grid's `bytes` and `flops` over the least possible, and `cycles_per_gflop`: all bundles that are issued, over useful
-FLOPs. `ratio` lines give the best peer's cycles per useful FLOP over ours: above 1 ours needs fewer. What waits for memory is
-not in these figures. A minute or two a chip.
+matrix units busiest its `bundles`, the share of the units' slots in use and the registers that are spilled in it; of grouped
+products also the grid's `bytes` and `flops` over the least possible, and `cycles_per_gflop`: all bundles that are issued, over
+useful FLOPs. `ratio` lines give the best peer's cycles per useful FLOP over ours: above 1 ours needs fewer. What waits for
+memory is not in these figures. Two minutes a chip.
 """
 
 import json
@@ -38,21 +38,24 @@ def _print(line: dict[str, Any]) -> None:
 def measured(program: bundles.Program, case: Any) -> dict[str, Any]:
     """The line of a compiled case."""
     loop, cost = program.grid.innermost(), case.cost
-    cycles = program.cycles(cost.steps, cost.trips if program.grid.inner else ())
-    return {
+    line = {
         "peer": case.program if case.peer else None,
         "blocks": list(case.blocks),
         "bundles": loop.bundles,
         "mxu_slots": round(program.share(loop, "MXU"), 3),
         "spills": loop.spills,
+    }
+    if cost is None:
+        return line
+    cycles = program.cycles(cost.steps, cost.trips if program.grid.inner else ())
+    return line | {
         "bytes_over_least": None if case.peer else round(cost.bytes / cost.least_bytes, 3),
         "flops_over_least": round(cost.flops / cost.least_flops, 3),
         "cycles_per_gflop": round(1e9 * cycles / cost.least_flops, 1),
     }
 
 
-def _child(chip: str) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="kernels-"))
+def _child(chip: str, folder: Path) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {bundles.dump_flags(folder)}"
     import jax
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -73,7 +76,7 @@ def _child(chip: str) -> None:
                 lowered = jax.jit(case.run).trace(*operands).lower(lowering_platforms=("tpu",))
                 lowered.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": "63488"})
             line |= measured(bundles.read(folder, case.program), case)
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             line |= {"peer": case.program if case.peer else None, "blocks": list(case.blocks)}
             line["failed"] = " ".join(str(error).split())[:200]
         _print(line)
@@ -99,7 +102,8 @@ def main(argv: list[str]) -> int:
         print(f"error: --chips: expected some of {', '.join(CHIPS)}, got {(unknown + argv[1:])[0]!r}", file=sys.stderr)
         return 2
     if _CHILD.value:
-        _child(_CHIPS.value[0])
+        with tempfile.TemporaryDirectory(prefix="kernels-", ignore_cleanup_errors=True) as folder:
+            _child(_CHIPS.value[0], Path(folder))
         return 0
     chosen = [f"--kernels={','.join(_KERNELS.value)}", f"--peers={str(_PEERS.value).lower()}"]
     for chip in _CHIPS.value:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{\s*(\}?)")
 _FILE = re.compile(r"\d+-(.+?)(?:\.\d+)?-\d+-final_hlo-static-per-bundle-utilization\.txt")
+_WITHIN = re.compile(r"^(?:(?:jvp|transpose|vmap)_)+")  # what a kernel is called with in front of its name, if differentiated
 SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
 
 
@@ -34,9 +35,10 @@ class Loop(NamedTuple):
         return sum(self.slots[name] for name in SPILLS)
 
     def innermost(self) -> "Loop":
-        """The inner loop that keeps the matrix units busiest, or this one."""
-        busy = [loop.innermost() for loop in self.inner if loop.slots["MXU"]]
-        return max(busy, key=lambda loop: loop.slots["MXU"], default=self)
+        """The inner loop that keeps the matrix units busiest, or this one, if it does more by itself."""
+        busiest = max(self.inner, key=lambda loop: loop.slots["MXU"], default=self)
+        own = self.slots["MXU"] - sum(loop.slots["MXU"] for loop in self.inner)
+        return self if busiest is self or own >= busiest.slots["MXU"] else busiest.innermost()
 
 
 class Program(NamedTuple):
@@ -72,7 +74,7 @@ def dump_flags(folder: Path) -> str:
 def read(folder: Path, name: str) -> Program:
     """The kernel `name`, the last that was compiled. Raises ValueError if there is none, or its files say something else."""
     paths = sorted(folder.glob("*per-bundle-utilization.txt"))
-    found = [path for path in paths if (match := _FILE.match(path.name)) and match[1] == name]
+    found = [path for path in paths if (match := _FILE.match(path.name)) and _WITHIN.sub("", match[1]).rstrip("_") == name]
     if not found:
         raise ValueError(f"{folder}: expected the program of a kernel {name}, found none")
     stem = found[-1].name.split("-00-final_hlo")[0]

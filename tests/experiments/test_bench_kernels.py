@@ -55,8 +55,11 @@ def test_every_kernel_compiles_at_the_shapes_of_v3(chip):
     lines = [json.loads(text) for text in found.stdout.splitlines()]
     assert not [line for line in lines if "failed" in line]
     assert {line["kernel"] for line in lines} == {
-        "grouped_up", "grouped_down", "grouped_up_transposed", "grouped_down_transposed", "grouped_swiglu", "grouped_outer",
-    }  # fmt: skip
+        *("grouped_up", "grouped_down", "grouped_up_transposed", "grouped_down_transposed", "grouped_swiglu", "grouped_outer"),
+        *("attention", "attention_backward", "decode", "decode_paged", "router"),
+        *("quantise_1x128", "quantise_128x1", "quantise_128x128", "quantise_swiglu", "requantise_transposed"),
+    }
     for line in lines:
-        assert line["bundles"] > 0 and line["cycles_per_gflop"] > 0 and 1 <= line["flops_over_least"] < 1.25
-        assert 0.4 < line["mxu_slots"] <= 1
+        assert line["bundles"] > 0 and line["spills"] >= 0
+    for line in (line for line in lines if line["kernel"].startswith("grouped")):
+        assert line["cycles_per_gflop"] > 0 and line["mxu_slots"] > 0.4 and 1 <= line["flops_over_least"] < 1.25

@@ -57,7 +57,7 @@ def test_cycles_are_bundles_times_trips():
 
 
 def test_the_files_of_a_kernel_are_the_last_of_its_name(tmp_path):
-    for stamp, name, text in ((1, "kernel.1", ""), (2, "kernel.2", BUNDLES), (3, "kernel_b.1", "")):
+    for stamp, name, text in ((1, "kernel.1", ""), (2, "transpose_jvp_kernel__.2", BUNDLES), (3, "kernel_b.1", "")):
         (tmp_path / f"{stamp}-{name}-00-final_hlo-static-per-bundle-utilization.txt").write_text(used(mxu=[3]))
         (tmp_path / f"{stamp}-{name}-01-schedule-analysis_final_bundles.txt").write_text("")
         (tmp_path / f"{stamp}-{name}-02-final_bundles.txt").write_text(text)
