@@ -163,6 +163,11 @@ def command(source, target, *more):
     return [sys.executable, "-m", "experiments.convert", f"--source={source}", f"--target={target}", *more]
 
 
+def take_interrupts():
+    """Also where the tests run in a shell's background, which has its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("format", ["hf", "orbax"])
@@ -171,7 +176,7 @@ def test_a_process_that_is_killed_leaves_what_the_same_command_completes(tmp_pat
     write_folder(tmp_path / "source", released, released_tensors(released, 0, dtype=BF16), shards=12)
     target, deadline = tmp_path / "target", time.monotonic() + 60
     process = subprocess.Popen(command(tmp_path / "source", target, f"--format={format}"), env=environment(1),
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+                               stderr=subprocess.PIPE, text=True, preexec_fn=take_interrupts)  # fmt: skip
     begun = target / "tensors" if format == "orbax" else target
     while process.poll() is None and len(list(begun.glob("0*" if format == "orbax" else "*.safetensors"))) < 1:
         assert time.monotonic() < deadline
