@@ -141,11 +141,13 @@ def _sides(tile: tuple[int, int], shape: tuple[int, ...]) -> list[int]:
 def _amax(x: Array, tile: tuple[int, int]) -> Array:
     """[*stack, M, K] -> largest magnitude of each tile; infinity where there is a NaN, which XLA's maximum on CPU may lose."""
     (m, k), (rows, columns) = x.shape[-2:], _sides(tile, x.shape)
-    x = jnp.where(jnp.isnan(x), jnp.inf, x)
     if m % rows or k % columns:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -m % rows), (0, -k % columns)])
-    tiles = jnp.abs(x).reshape(*x.shape[:-2], -(-m // rows), rows, -(-k // columns), columns)
-    return tiles.max(axis=(-3, -1))
+    # As integers, in whose order a NaN is the largest.
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+    tiles = bits.reshape(*x.shape[:-2], -(-m // rows), rows, -(-k // columns), columns)
+    largest = jnp.minimum(tiles.max(axis=(-3, -1)), jnp.uint32(0x7F800000))
+    return lax.bitcast_convert_type(largest, jnp.float32)
 
 
 def _spread(scale: Array, tile: tuple[int, int], shape: tuple[int, ...]) -> Array:
