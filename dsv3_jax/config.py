@@ -8,18 +8,10 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-EXPERTS = Literal[
-    "auto", "bucketed", "ragged_dot", "dense",
-    "pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret",
-]  # fmt: skip
-ATTENTION = Literal[
-    "auto", "blockwise",
-    "pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret",
-]  # fmt: skip
-ROUTER = Literal[
-    "auto", "top_k",
-    "pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret",
-]  # fmt: skip
+PALLAS = Literal["pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret"]
+EXPERTS = Literal["auto", "bucketed", "ragged_dot", "dense", PALLAS]
+ATTENTION = Literal["auto", "blockwise", PALLAS]
+ROUTER = Literal["auto", "top_k", PALLAS]
 DTYPES = Literal["float32", "bfloat16"]
 FP8_FORMATS = Literal["e4m3", "e5m2"]
 

@@ -37,6 +37,11 @@ def peer_command(template: str, size: str, what: str = "train") -> list[str]:
     return [word.replace("{size}", size).replace("{what}", what) for word in words]
 
 
+def show(line: Line) -> None:
+    """A measurement, as soon as it is made."""
+    print(json.dumps(line), flush=True)
+
+
 def run_lines(command: Sequence[str], timeout: float) -> list[Line]:
     """The JSON objects that `command` prints, one a line; its other lines are ignored.
 

@@ -16,8 +16,9 @@ from dsv3_jax.fp8.quantize import Quantiser
 from dsv3_jax.kernels.attention.api import mla_attention
 from dsv3_jax.kernels.decode.api import decode_attention, paged_decode_attention
 from dsv3_jax.kernels.grouped import pallas_tpu
+from dsv3_jax.kernels.grouped.api import grouped_swiglu
 from dsv3_jax.kernels.grouped.call import Out
-from dsv3_jax.kernels.grouped.cost import Cost, of_outer, of_products
+from dsv3_jax.kernels.grouped.cost import Cost, entries_of, of_outer, of_products
 from dsv3_jax.kernels.quantise.api import quantise, requantise_transposed, swiglu_quantise
 from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.presets import preset
@@ -84,7 +85,7 @@ def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) 
 
     found = [Case(name, name, shape, run, operands, ours, blocks)]
     for rows, columns in GMM:
-        steps = -(-outer // columns) * _tiles(rows)
+        steps = -(-outer // columns) * len(entries_of(COUNTS, rows))
         theirs = ours._replace(steps=steps, trips=(), flops=2 * steps * rows * inner * columns)
         tiles = (rows, inner, columns)
         found.append(Case(name, "gmm", shape, partial(peer, tiles), operands, theirs, tiles, peer=True))
@@ -95,17 +96,11 @@ def _swiglu(kind: str) -> Case:
     blocks = pallas_tpu.blocks_of(kind, 2, False)
     ours = of_products(COUNTS, ROWS, HIDDEN, WIDTH, blocks, weights=2, wide_extras=0, outs=3)
     weight = _array(EXPERTS, HIDDEN, WIDTH)
-    operands = (_array(ROWS, HIDDEN), weight, weight, _array(ROWS, 1, dtype=jnp.float32), GROUPS)
+    down = _array(EXPERTS, WIDTH, HIDDEN)
+    operands = (_array(ROWS, HIDDEN), _array(ROWS, dtype=jnp.float32), weight, weight, down, GROUPS)
 
-    def epilogue(products: Any, extras: Any) -> Any:
-        (g, u), (gates,) = products, extras
-        return g, u, jax.nn.silu(g) * u * gates
-
-    def run(x: Any, gate: Any, up: Any, gates: Any, count: Any) -> Any:
-        return pallas_tpu.products(
-            x, [gate, up], [gates], count, [Out(BF16)] * 3, epilogue,
-            transposed=False, name="grouped_swiglu", interpret=False, blocks=blocks,
-        )  # fmt: skip
+    def run(x: Any, gates: Any, gate: Any, up: Any, down: Any, count: Any) -> Any:
+        return grouped_swiglu(x, gates, gate, up, down, count, implementation=TPU)
 
     return Case("grouped_swiglu", "grouped_swiglu", f"{ROWS}x{HIDDEN}x2x{WIDTH}", run, operands, ours, blocks)
 
@@ -123,7 +118,7 @@ def _outer(kind: str) -> list[Case]:
 
     found = [Case("grouped_outer", "grouped_outer", shape, run, operands, ours, blocks)]
     for tiles in TGMM:
-        steps = -(-HIDDEN // tiles[1]) * -(-WIDTH // tiles[2]) * _tiles(tiles[0])
+        steps = -(-HIDDEN // tiles[1]) * -(-WIDTH // tiles[2]) * len(entries_of(COUNTS, tiles[0]))
         theirs = ours._replace(steps=steps, trips=(), flops=2 * steps * tiles[0] * tiles[1] * tiles[2])
         found.append(Case("grouped_outer", "tgmm", shape, partial(peer, tiles), operands, theirs, tiles, peer=True))
     return found
@@ -193,9 +188,3 @@ def _quantise() -> list[Case]:
         Case("quantise_swiglu", "swiglu_quantise", f"{ROWS}x{WIDTH}", swiglu, (wide, wide)),
         Case("requantise_transposed", "requantise_transposed", f"{ROWS}x{HIDDEN}", transposed, (rows,)),
     ]  # fmt: skip
-
-
-def _tiles(rows: int) -> int:
-    """(group, tile) pairs."""
-    ends = [sum(COUNTS[: e + 1]) for e in range(EXPERTS)]
-    return sum(-(-end // rows) - (end - n) // rows for end, n in zip(ends, COUNTS, strict=True))

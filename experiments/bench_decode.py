@@ -15,7 +15,6 @@ import time
 STARTED = time.perf_counter()
 
 import dataclasses  # noqa: E402
-import json  # noqa: E402
 import sys  # noqa: E402
 from functools import partial  # noqa: E402
 
@@ -36,10 +35,6 @@ _PAIRS = flags.DEFINE_integer("pairs", 3, "Pairs of ours and peer.", lower_bound
 _RUNS = flags.DEFINE_integer("runs", 5, "Timed runs in a process; the median counts.", lower_bound=1)
 _TIMEOUT = flags.DEFINE_float("timeout", 900, "Seconds that one process may take.", lower_bound=0)
 _CHILD = flags.DEFINE_bool("child", False, "Measure in this process: the first size, dtype and measurement.")
-
-
-def _print(line: _bench.Line) -> None:
-    print(json.dumps(line), flush=True)
 
 
 def _config(size: str, kind: str) -> ModelConfig:
@@ -64,21 +59,21 @@ def _child(size: str, kind: str, what: str) -> None:
             size, config, kind, batch, runs, STARTED, lambda: (exact, measure.model_of(exact, "float32")[0])
         )
     for line in lines:
-        _print(line)
+        _bench.show(line)
 
 
 def _ours(size: str, kind: str, what: str) -> _bench.Line:
     options = [f"--sizes={size}", f"--dtypes={kind}", f"--what={what}", f"--runs={_RUNS.value}"]
     lines = _bench.run_lines([sys.executable, "-m", "experiments.bench_decode", "--child", *options], _TIMEOUT.value)
     for line in lines:
-        _print(line)
+        _bench.show(line)
     return lines[0]
 
 
 def _peer(command: str, size: str, what: str) -> _bench.Line:
     lines = _bench.run_lines(_bench.peer_command(command, size, what), _TIMEOUT.value)
     line = _bench.best_line(lines, size, what)
-    _print({"peer": True, **line})
+    _bench.show({"peer": True, **line})
     return line
 
 
@@ -87,7 +82,7 @@ def _compare(size: str) -> None:
     for what in _WHAT.value:
         ours = partial(_ours, size, first, what)
         if _PEER.value is not None and what != "growth":
-            _print(_bench.ratios(_bench.alternate(ours, partial(_peer, _PEER.value, size, what), _PAIRS.value)))
+            _bench.show(_bench.ratios(_bench.alternate(ours, partial(_peer, _PEER.value, size, what), _PAIRS.value)))
         else:
             ours()
         for kind in others if what != "growth" else ():

@@ -10,7 +10,6 @@ peak memory. Then, in one process and in turn, products with the tensor core's a
 which values are rounded, packed and unpacked. Two to four minutes a pair, on two cores.
 """
 
-import json
 import sys
 
 from absl import app, flags
@@ -29,10 +28,6 @@ _PASSES = flags.DEFINE_list("passes", ["4096x2048"], "Shapes to round, pack and 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each product and pass; the median counts.", lower_bound=1)
 _TIMEOUT = flags.DEFINE_float("timeout", 900, "Seconds that one process may take.", lower_bound=0)
 _CHILD = flags.DEFINE_bool("child", False, "Measure products and passes in this process.")
-
-
-def _print(line: _bench.Line) -> None:
-    print(json.dumps(line), flush=True)
 
 
 def sides(name: str, text: str, example: str) -> tuple[int, ...]:
@@ -55,7 +50,7 @@ def _step(size: str, fp8: str) -> _bench.Line:
     options = [f"--runs={_RUNS.value}", f"--steps={_STEPS.value}", *(f"--set={setting}" for setting in _settings(fp8))]
     command = [sys.executable, "-m", "experiments.bench_train", "--child", f"--sizes={size}", "--dtypes=bfloat16", *options]
     line = _bench.best_line(_bench.run_lines(command, _TIMEOUT.value), size)
-    _print({"fp8": fp8, **line})
+    _bench.show({"fp8": fp8, **line})
     return line
 
 
@@ -64,17 +59,17 @@ def _child(products: list[tuple[int, ...]], passes: list[tuple[int, ...]]) -> No
 
     for m, k, n in products:
         for line in _bench_fp8.products((m, k, n), _ROUNDS.value):
-            _print(line)
+            _bench.show(line)
     for rows, columns in passes:
         for line in _bench_fp8.passes((rows, columns), _ROUNDS.value):
-            _print(line)
+            _bench.show(line)
 
 
 def _parts() -> None:
     """Products and passes, in a child process: this one stays small, for its memory counts against its children."""
     options = [f"--products={','.join(_PRODUCTS.value)}", f"--passes={','.join(_PASSES.value)}", f"--rounds={_ROUNDS.value}"]
     for line in _bench.run_lines([sys.executable, "-m", "experiments.bench_fp8", "--child", *options], _TIMEOUT.value):
-        _print(line)
+        _bench.show(line)
 
 
 def main(argv: list[str]) -> None:
@@ -93,7 +88,7 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--fp8: expected a recipe, got {_FP8.value!r}; without one is the other side of the pair")
         for size in _SIZES.value:
             pairs = _bench.alternate(lambda: _step(size, _FP8.value), lambda: _step(size, "null"), _PAIRS.value)  # noqa: B023
-            _print(_bench.fp8_ratios(pairs, _FP8.value))
+            _bench.show(_bench.fp8_ratios(pairs, _FP8.value))
         if products or passes:
             _parts()
     except (ValueError, OSError) as error:

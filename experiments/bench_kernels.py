@@ -10,7 +10,6 @@ useful FLOPs. `ratio` lines give the best peer's cycles per useful FLOP over our
 memory is not in these figures. Two minutes a chip.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -29,10 +28,6 @@ _KERNELS = flags.DEFINE_list("kernels", [], "Some of the kernels; none: all.")
 _PEERS = flags.DEFINE_bool("peers", True, "The kernels that ship with JAX, too.")
 _TIMEOUT = flags.DEFINE_float("timeout", 1800, "Seconds that one chip may take.", lower_bound=0)
 _CHILD = flags.DEFINE_bool("child", False, "Compile in this process, for one chip.")
-
-
-def _print(line: dict[str, Any]) -> None:
-    print(json.dumps(line), flush=True)
 
 
 def measured(program: bundles.Program, case: Any) -> dict[str, Any]:
@@ -79,7 +74,7 @@ def _child(chip: str, folder: Path) -> None:
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             line |= {"peer": case.program if case.peer else None, "blocks": list(case.blocks)}
             line["failed"] = " ".join(str(error).split())[:200]
-        _print(line)
+        _bench.show(line)
 
 
 def ratios(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,7 +109,7 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         for line in [*lines, *ratios(lines)]:
-            _print(line)
+            _bench.show(line)
     return 0
 
 

@@ -13,7 +13,6 @@ import time
 
 STARTED = time.perf_counter()  # before the imports: they belong to the time to the first step
 
-import json  # noqa: E402
 import sys  # noqa: E402
 
 from absl import app, flags  # noqa: E402
@@ -34,10 +33,6 @@ _SET = flags.DEFINE_multi_string("set", [], "name=value: a field of the config, 
 _CHILD = flags.DEFINE_bool("child", False, "Measure in this process: the first size and dtype.")
 
 
-def _print(line: _bench.Line) -> None:
-    print(json.dumps(line), flush=True)
-
-
 def _config(size: str, dtype: str) -> Config:
     return _bench.bench_config(size, dtype, parse_settings(_SET.value))
 
@@ -48,7 +43,7 @@ def _child(size: str, dtype: str) -> None:
     config = _config(size, dtype)
     lines = _bench_step.measure(size, config, runs=_RUNS.value, steps=_STEPS.value, profile=_PROFILE.value, started=STARTED)
     for line in lines:
-        _print(line)
+        _bench.show(line)
 
 
 def _ours(size: str, dtype: str) -> _bench.Line:
@@ -58,14 +53,14 @@ def _ours(size: str, dtype: str) -> _bench.Line:
     command = [sys.executable, "-m", "experiments.bench_train", "--child", f"--sizes={size}", f"--dtypes={dtype}", *options]
     lines = _bench.run_lines(command, _TIMEOUT.value)
     for line in lines:
-        _print(line)
+        _bench.show(line)
     return _bench.best_line(lines, size)
 
 
 def _peer(command: str, size: str) -> _bench.Line:
     lines = _bench.run_lines(_bench.peer_command(command, size), _TIMEOUT.value)
     line = _bench.best_line(lines, size)
-    _print({"peer": True, **line})
+    _bench.show({"peer": True, **line})
     return line
 
 
@@ -75,7 +70,7 @@ def _compare(size: str) -> None:
         _ours(size, first)
     else:
         pairs = _bench.alternate(lambda: _ours(size, first), lambda: _peer(command, size), _PAIRS.value)
-        _print(_bench.ratios(pairs))
+        _bench.show(_bench.ratios(pairs))
     for dtype in others:
         _ours(size, dtype)
 

@@ -25,7 +25,7 @@ from dsv3_jax.inference.placement import Replicas, physical_indices
 from dsv3_jax.inference.serving import Serving
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.rope import rope_tables
-from dsv3_jax.moe.experts import default_implementation, routed_experts
+from dsv3_jax.moe.experts import chosen_implementation, routed_experts
 from dsv3_jax.moe.router import route
 from dsv3_jax.parallel.all_to_all import exchanged_experts
 from dsv3_jax.parallel.collectives import varying
@@ -166,9 +166,7 @@ def _experts(
     count_R = jnp.zeros(replicas.phy2log.shape, jnp.int32)
     count_R = varying(count_R, placement.token_axes).at[slots_nK.reshape(-1)].add(1, mode="drop")
     experts = {name: weight.astype(u_nD.dtype) for name, weight in params["experts"].items()}
-    implementation: str = config.experts_implementation
-    if implementation == "auto":
-        implementation = default_implementation(placement.platform)
+    implementation = chosen_implementation(config.experts_implementation, placement.platform)
     here = partial(routed_experts, implementation=implementation)
     if placement.expert_axes:
         y_nD = exchanged_experts(u_nD, slots_nK, gates_nK, experts, here, placement)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.bits import from_bits, to_bits
-from dsv3_jax.config import EXPERTS
+from dsv3_jax.config import PALLAS
 from dsv3_jax.kernels.grouped.api import grouped_swiglu
 from dsv3_jax.moe.dispatch import Plan, combine, dispatch, make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import varying_like
@@ -38,9 +38,9 @@ Weights = tuple[Any, ...]
 BLOCK = 64
 
 
-def default_implementation(platform: str) -> str:
-    """What "auto" stands for on cpu, tpu or gpu."""
-    return {"cpu": "bucketed", "tpu": "pallas_tpu"}.get(platform, "ragged_dot")
+def chosen_implementation(name: str, platform: str) -> str:
+    """`name`, or what "auto" stands for on cpu, tpu or gpu."""
+    return name if name != "auto" else {"cpu": "bucketed", "tpu": "pallas_tpu"}.get(platform, "ragged_dot")
 
 
 def routed_experts(
@@ -61,8 +61,7 @@ def routed_experts(
 
     Raises ValueError for an unknown implementation or dtypes that differ from these.
     """
-    if implementation == "auto":
-        implementation = default_implementation(jax.default_backend())
+    implementation = chosen_implementation(implementation, jax.default_backend())
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {('auto', *_IMPLEMENTATIONS)}, got {implementation!r}")
     if isinstance(experts["down_proj"], tuple):
@@ -119,7 +118,7 @@ _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Weights], Array]] = {
     "bucketed": _bucketed,
     "ragged_dot": _ragged_dot,
     "dense": _dense,
-    **{name: partial(_kernels, name) for name in get_args(EXPERTS) if name.startswith("pallas_")},
+    **{name: partial(_kernels, name) for name in get_args(PALLAS)},
 }
 
 

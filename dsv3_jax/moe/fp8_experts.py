@@ -72,8 +72,10 @@ def _rows(plan: Plan, block: int) -> Rows:
     return Rows(source_X, jnp.append(place_R, 0)[plan.row_NK], count_E)
 
 
-def default_fp8_implementation(platform: str, recipe: Fp8Recipe) -> str:
-    """What "auto" stands for on cpu, tpu or gpu."""
+def chosen_fp8_implementation(name: str, platform: str, recipe: Fp8Recipe) -> str:
+    """`name`, or what "auto" stands for on cpu, tpu or gpu."""
+    if name != "auto":
+        return name
     return "bucketed" if platform == "cpu" or recipe.accumulation != "float32" else "ragged_dot"
 
 
@@ -93,9 +95,8 @@ def fp8_routed_experts(
     """
     up, down = products(config, "experts.up_proj"), products(config, "experts.down_proj")
     assert up is not None and down is not None, config.fp8
-    if implementation == "auto":
-        assert config.fp8 is not None
-        implementation = default_fp8_implementation(jax.default_backend(), config.fp8)
+    assert config.fp8 is not None
+    implementation = chosen_fp8_implementation(implementation, jax.default_backend(), config.fp8)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: FP8 has {' and '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     if up.accumulation.fidelity != "float32" and implementation == "ragged_dot":

@@ -11,8 +11,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.precision import wire
 from dsv3_jax.model.layers import swiglu, swiglu_spec
 from dsv3_jax.model.spec import Spec, SpecTree
-from dsv3_jax.moe.experts import default_implementation, routed_experts
-from dsv3_jax.moe.fp8_experts import default_fp8_implementation, fp8_routed_experts
+from dsv3_jax.moe.experts import chosen_implementation, routed_experts
+from dsv3_jax.moe.fp8_experts import chosen_fp8_implementation, fp8_routed_experts
 from dsv3_jax.moe.router import Routing, route
 from dsv3_jax.parallel.all_to_all import exchanged_experts
 from dsv3_jax.parallel.collectives import Placement, sum_over_tensor, varying_like
@@ -52,15 +52,14 @@ def moe(
     u_BTD = varying_like(params["experts"], u_BTD)  # once for all experts, shared ones too: its gradient is then summed once
     batch, length, hidden = u_BTD.shape
     flat = (batch * length, -1)
-    implementation: str = config.experts_implementation
-    platform = placement.platform if placement else jax.default_backend()
+    name, platform = config.experts_implementation, placement.platform if placement else jax.default_backend()
     if config.fp8 is None:
-        implementation = default_implementation(platform) if implementation == "auto" else implementation
+        implementation = chosen_implementation(name, platform)
         experts = {n: w if is_stored(w) else w.astype(u_BTD.dtype) for n, w in params["experts"].items()}
         here = partial(routed_experts, implementation=implementation)
     else:
         experts = params["experts"]  # rounded from what they are, not from the compute dtype
-        implementation = default_fp8_implementation(platform, config.fp8) if implementation == "auto" else implementation
+        implementation = chosen_fp8_implementation(name, platform, config.fp8)
         here = partial(fp8_routed_experts, config=config, implementation=implementation)
     inputs = u_BTD.reshape(flat), routing.indices.reshape(flat), routing.gates.reshape(flat), experts
     if placement is None or placement.sizes[EXPERT] == 1:

@@ -17,10 +17,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8 import linear as fp8
 from dsv3_jax.fp8.precision import products
 from dsv3_jax.kernels.router.api import choose
+from dsv3_jax.kernels.router.call import GATE_EPS
 from dsv3_jax.parallel.collectives import varying_like
 from dsv3_jax.plugins import resolve
-
-GATE_EPS = 1e-20  # released code's guard in the normalisation
 
 
 class Routing(NamedTuple):

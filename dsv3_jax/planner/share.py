@@ -13,7 +13,7 @@ import numpy as np
 from dsv3_jax.config import Config
 from dsv3_jax.model.module import model_spec
 from dsv3_jax.model.spec import Spec
-from dsv3_jax.moe.experts import default_implementation
+from dsv3_jax.moe.experts import chosen_implementation
 from dsv3_jax.parallel.all_to_all import buffer_rows
 from dsv3_jax.parallel.mesh import AXES, BATCH_AXES, EXPERT, LAYOUTS, TENSOR, mesh_shape
 from dsv3_jax.parallel.rules import compute_dims, map_specs, state_dims
@@ -176,8 +176,9 @@ def make_share(config: Config, chips: int, platform: str = "gpu") -> Share:
 
     Raises ValueError if the mesh, a parameter or the batch does not divide over them.
     """
-    if config.model.experts_implementation == "auto" and config.model.fp8 is None:
-        config = override(config, {"experts_implementation": default_implementation(platform)})
+    if config.model.fp8 is None:
+        chosen = chosen_implementation(config.model.experts_implementation, platform)
+        config = override(config, {"experts_implementation": chosen})
     if config.model.experts_implementation == "dense":
         raise ValueError("experts_implementation: dense computes every expert on every token, for tests; plan another one")
     if chips < 1:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from dsv3_jax.kernels.tiles import padded
+
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)  # softmax is computed in base 2
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # a maximum before any score: -inf less it is -inf, not NaN
 NOWHERE = -(2**31)  # the segment of keys of padding, which no query has
@@ -49,13 +51,6 @@ def cost_of(operands: Operands, *, products_of_keys: int, products_of_values: in
     flops = 2 * pairs * (products_of_keys * (C + R) + products_of_values * W)
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in operands[:5])
     return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=pairs)
-
-
-def padded(x: jax.Array, step: int, axis: int = -2) -> jax.Array:
-    """By zeros, to a multiple of `step`."""
-    extra = [(0, 0)] * x.ndim
-    extra[axis] = (0, -x.shape[axis] % step)
-    return jnp.pad(x, extra) if extra[axis][1] else x
 
 
 def rows_of_segments(segments_BS: jax.Array, offset: int, block_T: int, block_S: int) -> list[jax.Array]:

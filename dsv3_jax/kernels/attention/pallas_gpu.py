@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, padded, rows_of_segments
+from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, rows_of_segments
 from dsv3_jax.kernels.modes import result
+from dsv3_jax.kernels.tiles import dot, padded
 
 
 class Blocks(NamedTuple):
@@ -55,7 +56,7 @@ def forward(operands: Operands, *, interpret: Any) -> tuple[jax.Array, jax.Array
                 s = jnp.where(call.seen(segments, b, i, j), s, -jnp.inf)
             peak = jnp.maximum(most, s.max(axis=1))
             p, shrunk = jnp.exp2(s - peak[:, None]), jnp.exp2(most - peak)
-            return peak, total * shrunk + p.sum(axis=1), sums * shrunk[:, None] + _dot(p.astype(v.dtype), v[b, h, to, :])
+            return peak, total * shrunk + p.sum(axis=1), sums * shrunk[:, None] + dot(p.astype(v.dtype), v[b, h, to, :])
 
         start = jnp.full(block_T, LOWEST, jnp.float32), jnp.zeros(block_T, jnp.float32), jnp.zeros((block_T, W), jnp.float32)
         most, total, sums = call.over_keys(i, add, start)
@@ -95,8 +96,8 @@ def _of_queries(operands: Operands, lse: jax.Array, delta: jax.Array, d_out: jax
             p = jnp.exp2(_scores(queries, keys) * (call.scale * LOG2E) - low)
             if masked:
                 p = jnp.where(call.seen(segments, b, i, j), p, 0.0)
-            ds = (p * (_dot(g, v[b, h, to, :].T) - mean)).astype(q.dtype)
-            return tuple(total + _dot(ds, x) for total, x in zip(sums, keys, strict=True))
+            ds = (p * (dot(g, v[b, h, to, :].T) - mean)).astype(q.dtype)
+            return tuple(total + dot(ds, x) for total, x in zip(sums, keys, strict=True))
 
         sums = call.over_keys(i, add, tuple(jnp.zeros(x.shape, jnp.float32) for x in queries))
         for total, ref in zip(sums, (dq, dq_rope), strict=True):
@@ -122,9 +123,9 @@ def _of_keys(operands: Operands, lse: jax.Array, delta: jax.Array, d_out: jax.Ar
             queries, g = (q[b, h, at, :], q_rope[b, h, at, :]), d_out[b, h, at, :]
             p = jnp.exp2(_scores(keys, queries) * (call.scale * LOG2E) - lse[b, h, at][None, :] * LOG2E)
             p = jnp.where(call.seen(segments, b, i, j, across=True), p, 0.0)
-            ds = (p * (_dot(values, g.T) - delta[b, h, at][None, :])).astype(q.dtype)
+            ds = (p * (dot(values, g.T) - delta[b, h, at][None, :])).astype(q.dtype)
             pairs = (ds, queries[0]), (ds, queries[1]), (p.astype(v.dtype), g)
-            return tuple(total + _dot(*pair) for total, pair in zip(sums, pairs, strict=True))
+            return tuple(total + dot(*pair) for total, pair in zip(sums, pairs, strict=True))
 
         first = lax.div(jnp.maximum(j * block_S - call.offset, 0), block_T)
         zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (*keys, values))
@@ -192,9 +193,4 @@ def _padded(x: jax.Array, step: int) -> jax.Array:
 
 
 def _scores(rows: Any, columns: Any) -> jax.Array:
-    return _dot(rows[0], columns[0].T) + _dot(rows[1], columns[1].T)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return dot(rows[0], columns[0].T) + dot(rows[1], columns[1].T)

@@ -15,10 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, cost_of, padded, rows_of_segments
+from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, cost_of, rows_of_segments
 from dsv3_jax.kernels.modes import result
-
-LANES, MIB = 128, 2**20
+from dsv3_jax.kernels.tiles import LANES, MIB, dot, padded, up
 
 
 class Blocks(NamedTuple):
@@ -151,10 +150,6 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
     return out[:, :, :T], lse[:, :, 0, :T]
 
 
-def up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
 def wide(x: jax.Array, width: int) -> jax.Array:
     """[rows, LANES], the same in all lanes -> [rows, width]."""
     return x[:, :width] if width <= LANES else jnp.concatenate([x] * pl.cdiv(width, LANES), axis=1)[:, :width]
@@ -163,9 +158,3 @@ def wide(x: jax.Array, width: int) -> jax.Array:
 def beside(content: jax.Array, rope: jax.Array) -> jax.Array:
     """In registers, where it costs nothing: the matrix units sum over both at once, and are deep enough on some chips."""
     return jnp.concatenate([content, rope], axis=1)
-
-
-def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    numbers = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)

@@ -16,9 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.attention.call import LOG2E, Operands, cost_of, padded, rows_of_segments
-from dsv3_jax.kernels.attention.pallas_tpu import LANES, MIB, beside, dot, up, wide
+from dsv3_jax.kernels.attention.call import LOG2E, Operands, cost_of, rows_of_segments
+from dsv3_jax.kernels.attention.pallas_tpu import beside, wide
 from dsv3_jax.kernels.modes import result
+from dsv3_jax.kernels.tiles import LANES, MIB, dot, padded, up
 
 
 class Blocks(NamedTuple):

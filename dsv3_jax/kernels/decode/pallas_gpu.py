@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from dsv3_jax.kernels.decode.work import runs
+from dsv3_jax.kernels.tiles import dot
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -89,11 +90,11 @@ def attend(
                 return plgpu.load(place, mask=mask, other=0.0)
 
             keys = [load(*ends_of) for ends_of in zip(starts, ends, sides, strict=True)]
-            scores = sum(_dot(q, key.T) for q, key in zip(q_parts, keys, strict=True)) * to_base_2
+            scores = sum(dot(q, key.T) for q, key in zip(q_parts, keys, strict=True)) * to_base_2
             scores = jnp.where(row[None, :] < seen, scores, -jnp.inf)
             higher = jnp.maximum(top, scores.max(axis=1))
             weights, shrink = jnp.exp2(scores - higher[:, None]), jnp.exp2(top - higher)
-            result = result * shrink[:, None] + _dot(weights.astype(keys[0].dtype), keys[0])
+            result = result * shrink[:, None] + dot(weights.astype(keys[0].dtype), keys[0])
             return higher, total * shrink + weights.sum(axis=1), result
 
         zeros = jnp.zeros((blocks.queries,), jnp.float32)
@@ -117,8 +118,3 @@ def attend(
     )
     out, lse = call(first_BX, end_BX, length_B, table_BM, cache_PSK, *qs)
     return out[:, :, :n, :latent], lse[:, :, :n]
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

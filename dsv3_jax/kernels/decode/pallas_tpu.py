@@ -19,8 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.decode.work import make_work
 from dsv3_jax.kernels.modes import chip
+from dsv3_jax.kernels.tiles import LANES, MIB, dot, up
 
-SUBLANES, LANES, PIECE, MIB = 16, 128, 128, 2**20
+SUBLANES, PIECE = 16, 128
 TOGETHER = 8  # copies that are started in one go
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -135,7 +136,8 @@ def attend(
                 for group in _cuts(n, blocks.queries):
                     highest = jnp.full((group.stop - group.start, LANES), LOWEST, jnp.float32)
                     for c in range(0, height, columns):
-                        values = _dot(q[group, :], rows_DSK[slot, pl.ds(first + c, columns), pl.ds(0, width)], 1) * to_base_2
+                        keys = rows_DSK[slot, pl.ds(first + c, columns), pl.ds(0, width)]
+                        values = dot(q[group, :], keys, 1, 1) * to_base_2
                         if not whole:
                             query = lax.div(lax.broadcasted_iota(jnp.int32, (values.shape[0], 1), 0) + group.start, heads)
                             row = lax.broadcasted_iota(jnp.int32, (1, columns), 1) + (first + c)
@@ -153,7 +155,7 @@ def attend(
                         weights[group, c : c + LANES] = values.astype(weights.dtype)
                     totals[group, :] = total
                     for at in _cuts(latent, columns):
-                        product = _dot(weights[group, :height], rows_DSK[slot, pl.ds(first, height), at], 0)
+                        product = dot(weights[group, :height], rows_DSK[slot, pl.ds(first, height), at])
                         sums[group, at] = sums[group, at] * _wide(shrink, at.stop - at.start) + product
 
             whole = (left == blocks.rows) & (first_seen >= blocks.rows)
@@ -223,13 +225,13 @@ def cores_for(parts: int) -> int:
 
 def piece_of(page: int) -> int:
     """Rows of one copy: they divide a page, and are whole tiles."""
-    return math.gcd(_up(page, SUBLANES), PIECE)
+    return math.gcd(up(page, SUBLANES), PIECE)
 
 
 def fitted(blocks: Blocks, most: int) -> Blocks:
     """Blocks about as large as sequences of `most` rows need, at most."""
-    height = min(blocks.height, _up(most, blocks.columns))
-    return blocks._replace(height=height, rows=min(blocks.rows, _up(most, height)))
+    height = min(blocks.height, up(most, blocks.columns))
+    return blocks._replace(height=height, rows=min(blocks.rows, up(most, height)))
 
 
 def _cuts(size: int, step: int) -> list[slice]:
@@ -239,12 +241,3 @@ def _cuts(size: int, step: int) -> list[slice]:
 def _wide(x: jax.Array, width: int) -> jax.Array:
     """[rows, LANES], all columns alike, as [rows, width]."""
     return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
-def _dot(a: jax.Array, b: jax.Array, b_axis: int) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((1,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -1,6 +1,5 @@
 """What the kernel for TPU reads, writes and multiplies, counted from its list of work, and the least possible."""
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ import numpy as np
 
 from dsv3_jax.kernels.decode import pallas_tpu
 from dsv3_jax.kernels.decode.work import make_work
+from dsv3_jax.kernels.tiles import LANES, up
 
 
 class Problem(NamedTuple):
@@ -46,7 +46,7 @@ def performed(problem: Problem, blocks: pallas_tpu.Blocks) -> Cost:
     """As the grid performs them. A row occupies whole lanes; of a block whole pieces are copied."""
     most, n = problem.page * problem.pages, problem.queries * problem.heads
     blocks, piece = pallas_tpu.fitted(blocks, most), pallas_tpu.piece_of(problem.page)
-    parts, row = len(problem.length) * problem.splits, _lanes(problem.width) * problem.itemsize
+    parts, row = len(problem.length) * problem.splits, up(problem.width, LANES) * problem.itemsize
     visible = np.clip(np.array(problem.length), 0, most)
     work = make_work(jnp.asarray(visible, jnp.int32), blocks.rows, problem.splits, most, pallas_tpu.cores_for(parts))
     part_E, block_E, first_L = (np.asarray(v) for v in work)
@@ -62,12 +62,9 @@ def performed(problem: Problem, blocks: pallas_tpu.Blocks) -> Cost:
             flops += 2 * n * height * (problem.width + problem.latent)
             loads += before != b
             before = b
-    result, item = n * _lanes(problem.latent), problem.itemsize if problem.splits == 1 else 4
-    rest = loads * n * row + parts * (result * item + _lanes(n) * 4)
+    result, item = n * up(problem.latent, LANES), problem.itemsize if problem.splits == 1 else 4
+    lse = up(n, LANES) * 4
+    rest = loads * n * row + parts * (result * item + lse)
     if problem.splits > 1:  # read again, combined, written
-        rest += parts * (result * item + _lanes(n) * 4) + len(problem.length) * (result * problem.itemsize + _lanes(n) * 4)
+        rest += parts * (result * item + lse) + len(problem.length) * (result * problem.itemsize + lse)
     return Cost(cache, rest, flops)
-
-
-def _lanes(size: int) -> int:
-    return math.ceil(size / pallas_tpu.LANES) * pallas_tpu.LANES

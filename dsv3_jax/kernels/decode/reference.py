@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from dsv3_jax.kernels.decode.work import runs
+from dsv3_jax.kernels.tiles import precision_of
 
 
 def attend(
@@ -31,7 +31,7 @@ def attend(
     visible_B = jnp.clip(length_B, 0, size)
     # A weight of zero would not keep out NaN.
     rows_BSK = jnp.where((row_S[None, :] < visible_B[:, None])[..., None], rows_BSK, jnp.zeros((), rows_BSK.dtype))
-    precision = lax.Precision.HIGHEST if q_BNK.dtype == jnp.float32 else None
+    precision = precision_of(q_BNK)
     kind = jnp.float32
     scores_BNS = jnp.einsum("bnk,bsk->bns", q_BNK, rows_BSK, precision=precision, preferred_element_type=kind) * scale
     seen_BN = length_B[:, None] - n // heads + 1 + (jnp.arange(n, dtype=jnp.int32) // heads)[None, :]

@@ -22,7 +22,7 @@ class Cost(NamedTuple):
     least_flops: int
 
 
-def _entries(counts: Sequence[int], tile: int) -> list[tuple[int, int, int, int]]:
+def entries_of(counts: Sequence[int], tile: int) -> list[tuple[int, int, int, int]]:
     """(group, tile, first row in it, row behind the last) of every tile that a group's rows touch, group by group."""
     ends = [int(end) for end in np.cumsum(counts)]
     return [
@@ -40,7 +40,7 @@ def of_products(
     """Of `products` with so many weights, extras [R, O] and outputs [R, O], all of `itemsize`."""
     b, used, none = fit_products(blocks, rows, inner, outer), sum(counts), len(counts)
     n_outer, n_inner, iterations = -(-outer // b.outer), -(-inner // b.inner), b.outer // b.columns
-    entries = _entries([*counts, rows - used], b.rows)
+    entries = entries_of([*counts, rows - used], b.rows)
     parts = Counter[bool]()
     for group, _, first, end in entries:
         parts[group < none] += (-(-end // b.height) - first // b.height) * iterations
@@ -66,7 +66,7 @@ def of_outer(counts: Sequence[int], rows: int, inner: int, outer: int, blocks: B
     """Of `outer_products`."""
     b = fit_outer(blocks, rows, inner, outer)
     n_inner, n_outer = -(-inner // b.inner), -(-outer // b.outer)
-    entries = len(_entries(counts, b.rows)) + sum(n == 0 for n in counts)
+    entries = len(entries_of(counts, b.rows)) + sum(n == 0 for n in counts)
     runs = (b.inner // b.height) * (b.outer // b.columns)
     tiles = -(-rows // b.rows)
     moved = tiles * b.rows * (b.inner + b.outer) + len(counts) * b.inner * b.outer

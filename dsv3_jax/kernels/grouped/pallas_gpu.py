@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from dsv3_jax.kernels.grouped.call import PARTIAL, Epilogue, Out
 from dsv3_jax.kernels.grouped.work import make_work
 from dsv3_jax.kernels.modes import result
+from dsv3_jax.kernels.tiles import dot, padded
 
 
 class Blocks(NamedTuple):
@@ -48,10 +49,10 @@ def products(
     """As `call.Products`."""
     (rows, inner), n_groups, blocks = x_RI.shape, weights[0].shape[0], PRODUCTS[len(weights)]
     outer = weights[0].shape[1 if transposed else 2]
-    x_RI = _padded(x_RI, blocks.rows, blocks.inner)
+    x_RI = _fill(x_RI, blocks.rows, blocks.inner)
     sides = (blocks.outer, blocks.inner) if transposed else (blocks.inner, blocks.outer)
-    weights = [_padded(w, *sides) for w in weights]
-    extras = [_padded(v, blocks.rows, 1 if v.shape[1] == 1 else blocks.outer) for v in extras]
+    weights = [_fill(w, *sides) for w in weights]
+    extras = [_fill(v, blocks.rows, 1 if v.shape[1] == 1 else blocks.outer) for v in extras]
     height, n_outer, n_inner = x_RI.shape[0], pl.cdiv(outer, blocks.outer), pl.cdiv(inner, blocks.inner)
     none = height - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
     work = make_work(jnp.append(count_E, none), height, blocks.rows)
@@ -71,7 +72,7 @@ def products(
             def add(k: Any, totals: Any) -> Any:
                 a, k_at = x[rows_at, _at(k, blocks.inner)], _at(k, blocks.inner)
                 pieces = [w[matrix, at, k_at].T if transposed else w[matrix, k_at, at] for w in ws]
-                return tuple(total + _dot(a, b) for total, b in zip(totals, pieces, strict=True))
+                return tuple(total + dot(a, b) for total, b in zip(totals, pieces, strict=True))
 
             zeros = tuple(jnp.zeros((blocks.rows, blocks.outer), jnp.float32) for _ in ws)
             totals = lax.fori_loop(0, jnp.where(group < n_groups, n_inner, 0), add, zeros)
@@ -96,7 +97,7 @@ def products(
 def outer_products(x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtype: Any, name: str, interpret: Any) -> jax.Array:
     """As `call.OuterProducts`."""
     (_, inner), outer, n_groups, blocks = x_RI.shape, y_RO.shape[1], count_E.shape[0], OUTER
-    x_RI, y_RO = _padded(x_RI, blocks.rows, blocks.inner), _padded(y_RO, blocks.rows, blocks.outer)
+    x_RI, y_RO = _fill(x_RI, blocks.rows, blocks.inner), _fill(y_RO, blocks.rows, blocks.outer)
     end_E = jnp.cumsum(count_E, dtype=jnp.int32)
     n_inner, n_outer = x_RI.shape[1] // blocks.inner, y_RO.shape[1] // blocks.outer
 
@@ -108,7 +109,7 @@ def outer_products(x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtyp
             row = tile * blocks.rows + jnp.arange(blocks.rows, dtype=jnp.int32)
             own, at = ((row >= first) & (row < end))[:, None], _at(tile, blocks.rows)
             a, b = (jnp.where(own, v[at, side], jnp.zeros((), v.dtype)) for v, side in ((x, i_at), (y, o_at)))
-            return total + _dot(a.T, b)
+            return total + dot(a.T, b)
 
         tiles = lax.div(first, blocks.rows), lax.div(end + blocks.rows - 1, blocks.rows)
         total = lax.fori_loop(*tiles, add, jnp.zeros((blocks.inner, blocks.outer), jnp.float32))
@@ -129,12 +130,5 @@ def _at(i: Any, size: int) -> Any:
     return pl.ds(i * size, size)
 
 
-def _padded(x: jax.Array, *sides: int) -> jax.Array:
-    """The last two axes to multiples of `sides`, by zeros."""
-    extra = [(0, -size % side) for size, side in zip(x.shape[-2:], sides, strict=True)]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + extra) if any(after for _, after in extra) else x
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+def _fill(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    return padded(padded(x, rows), columns, -1)

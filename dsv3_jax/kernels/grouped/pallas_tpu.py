@@ -24,9 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from dsv3_jax.kernels.grouped.call import PARTIAL, Epilogue, Out
 from dsv3_jax.kernels.grouped.work import make_work
 from dsv3_jax.kernels.modes import chip, result
+from dsv3_jax.kernels.tiles import LANES, MIB, dot, up
 
-LANES, SUBLANES = 128, 16
-MIB = 2**20
+SUBLANES = 16
 
 
 class Blocks(NamedTuple):
@@ -69,8 +69,8 @@ def outer_blocks_of(kind: str) -> Blocks:
 def _fitted(size: int, block: int, step: int, whole: int) -> tuple[int, int]:
     """Block and step within it, no larger than a side of `size`; one that is less than a step is a multiple of `whole`."""
     if size <= step:
-        return _up(size, whole), _up(size, whole)
-    return min(block, _up(size, step)), step
+        return up(size, whole), up(size, whole)
+    return min(block, up(size, step)), step
 
 
 def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
@@ -86,12 +86,8 @@ def fit_outer(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
     (deep, height), (wide, columns) = (
         _fitted(inner, blocks.inner, blocks.height, 1), _fitted(outer, blocks.outer, blocks.columns, 1)
     )  # fmt: skip
-    rows = min(blocks.rows, _up(rows, SUBLANES))
+    rows = min(blocks.rows, up(rows, SUBLANES))
     return blocks._replace(rows=rows, inner=deep, outer=wide, height=height, columns=columns)
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
 
 
 def products(
@@ -156,7 +152,7 @@ def products(
 
         def part(w: Any, i: Any) -> jax.Array:
             rows_at, at = place(i, blocks.columns)
-            return _dot(x[rows_at, :], w[at, :] if transposed else w[:, at], k, inner, blocks, transposed)
+            return _product(x[rows_at, :], w[at, :] if transposed else w[:, at], k, inner, blocks, transposed)
 
         def add(w: Any, total: Any, i: Any) -> None:
             at = place(i, blocks.columns)
@@ -249,7 +245,7 @@ def outer_products(
 
         def add(i: Any, _: None) -> None:
             at = place(i)
-            total[at] = jnp.where(first, 0.0, total[at]) + _contract(x_IR[at[0], :], y_RO[:, at[1]], 1, 0)
+            total[at] = jnp.where(first, 0.0, total[at]) + dot(x_IR[at[0], :], y_RO[:, at[1]], 1, 0)
 
         def store(i: Any, _: None) -> None:
             at = place(i)
@@ -311,7 +307,7 @@ def _columns(i: Any, width: int) -> Any:
     return pl.ds(pl.multiple_of(start, width) if width % LANES == 0 else start, width)
 
 
-def _dot(a: jax.Array, b: jax.Array, k: Any, inner: int, blocks: Blocks, transposed: bool) -> jax.Array:
+def _product(a: jax.Array, b: jax.Array, k: Any, inner: int, blocks: Blocks, transposed: bool) -> jax.Array:
     """Of the contraction's last block, what is within the operands."""
     axis = int(transposed)
     if inner % blocks.inner:
@@ -320,10 +316,4 @@ def _dot(a: jax.Array, b: jax.Array, k: Any, inner: int, blocks: Blocks, transpo
             jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, along) < left, v, jnp.zeros((), v.dtype))
             for v, along in ((a, 1), (b, axis))
         )
-    return _contract(a, b, 1, axis)
-
-
-def _contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    numbers = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
+    return dot(a, b, 1, axis)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels.grouped.call import Epilogue, Out
+from dsv3_jax.kernels.tiles import precision_of
 
 # [R, I] x [E, O, I]: the contraction is over the last axis of both.
 _TRANSPOSED = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
@@ -27,7 +28,7 @@ def products(
     interpret: Any,
 ) -> tuple[jax.Array, ...]:
     """As `call.Products`."""
-    precision, kind = _precision(x_RI), jnp.float32
+    precision, kind = precision_of(x_RI), jnp.float32
 
     def product(w: jax.Array) -> jax.Array:
         if transposed:
@@ -41,12 +42,8 @@ def products(
 
 def outer_products(x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtype: Any, name: str, interpret: Any) -> jax.Array:
     """As `call.OuterProducts`."""
-    precision = _precision(x_RI)
+    precision = precision_of(x_RI)
     own_R1 = (jnp.arange(x_RI.shape[0], dtype=jnp.int32) < count_E.sum(dtype=jnp.int32))[:, None]
     x_RI, y_RO = (jnp.where(own_R1, v, jnp.zeros((), v.dtype)) for v in (x_RI, y_RO))
     sums = lax.ragged_dot_general(x_RI, y_RO, count_E, _OUTER, precision=precision, preferred_element_type=jnp.float32)
     return sums.astype(dtype)
-
-
-def _precision(x: jax.Array) -> Any:
-    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

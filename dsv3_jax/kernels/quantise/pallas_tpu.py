@@ -21,9 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from dsv3_jax.fp8.formats import Format
 from dsv3_jax.fp8.quantize import Quantiser, scale_of
 from dsv3_jax.kernels.quantise.call import SIDE, cast, magnitudes
+from dsv3_jax.kernels.tiles import MIB, up
 from dsv3_jax.kernels.traffic import Operand, moved
 
-MIB = 2**20
 PACKED = 32  # rows of one register of bytes
 
 
@@ -60,7 +60,7 @@ def _plan(inputs: Sequence[Any], n_wide: int, how: Quantiser, scale_bits: bool, 
     stack, rows, columns = inputs[0].shape
     tall, wide = (side == SIDE for side in how.tile)
     blocks = TRANSPOSED if transposed else BLOCKS[how.tile]
-    blocks = blocks._replace(rows=min(blocks.rows, _up(rows, SIDE)), columns=min(blocks.columns, _up(columns, SIDE)))
+    blocks = blocks._replace(rows=min(blocks.rows, up(rows, SIDE)), columns=min(blocks.columns, up(columns, SIDE)))
     grid = stack, pl.cdiv(rows, blocks.rows), pl.cdiv(columns, blocks.columns)
     whole = (1, blocks.rows, blocks.columns)
     sources = [Operand(v.shape, jnp.dtype(v.dtype), whole, lambda s, i, j: (s, i, j)) for v in inputs[:n_wide]]
@@ -198,10 +198,6 @@ def _run(
 
 def _spec(operand: Operand) -> pl.BlockSpec:
     return pl.BlockSpec((None, *operand.block[1:]), operand.at)
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
 
 
 def _at(i: Any, size: int) -> Any:

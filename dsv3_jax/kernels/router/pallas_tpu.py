@@ -15,10 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.router.call import How, Routed, gates_of, scores_of
+from dsv3_jax.kernels.tiles import LANES, MIB
 from dsv3_jax.kernels.traffic import Operand, moved
-
-LANES = 128
-MIB = 2**20
 
 
 class Blocks(NamedTuple):
