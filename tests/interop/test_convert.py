@@ -163,12 +163,16 @@ def command(source, target, *more):
     return [sys.executable, "-m", "experiments.convert", f"--source={source}", f"--target={target}", *more]
 
 
-def take_interrupts():
-    """Also where the tests run in a shell's background, which has its children ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture
+def interruptible():
+    """Processes that a test starts take Ctrl-C, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler becomes the default in a new program
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("format", ["hf", "orbax"])
 def test_a_process_that_is_killed_leaves_what_the_same_command_completes(tmp_path, kill, format):
@@ -176,7 +180,7 @@ def test_a_process_that_is_killed_leaves_what_the_same_command_completes(tmp_pat
     write_folder(tmp_path / "source", released, released_tensors(released, 0, dtype=BF16), shards=12)
     target, deadline = tmp_path / "target", time.monotonic() + 60
     process = subprocess.Popen(command(tmp_path / "source", target, f"--format={format}"), env=environment(1),
-                               stderr=subprocess.PIPE, text=True, preexec_fn=take_interrupts)  # fmt: skip
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
     begun = target / "tensors" if format == "orbax" else target
     while process.poll() is None and len(list(begun.glob("0*" if format == "orbax" else "*.safetensors"))) < 1:
         assert time.monotonic() < deadline
