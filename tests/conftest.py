@@ -1,5 +1,6 @@
 """Settings of every test: `oracles` importable, JAX refuses implicit promotion, hypothesis is repeatable."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -19,6 +20,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compilation makes the first example slow, so no deadline; the same examples on every machine, so a failure can be repeated.
 settings.register_profile("dsv3_jax", deadline=None, derandomize=True)
 settings.load_profile("dsv3_jax")
+
+
+# Each compiled program takes dozens of a process's memory maps, of which Linux allows 65,530; without one more, it dies.
+MAPS, MANY_MAPS = Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Before a test, programs of earlier ones are dropped where there are many."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
