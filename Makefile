@@ -39,10 +39,13 @@ train: $(STAMP)  ## train a small DeepSeek-V3 on real text (PRESET=quick WORKDIR
 test: $(STAMP)  ## the fast tests (under 12 minutes on 2 cores)
 	$(PYTEST) -m "not slow"
 
-# Apart from the environment's packages: wherever JAX finds libtpu it looks for TPUs, slowly and aloud.
+# Apart from the environment's packages: wherever JAX finds libtpu it looks for TPUs, slowly and aloud; likewise for GPUs.
 $(AOT): $(STAMP)
-	@echo "installing libtpu into $(VENV)/aot (once; for ahead-of-time compilation) ..."
+	@echo "installing compilers for TPU and GPU into $(VENV) (once; for ahead-of-time compilation) ..."
+	@rm -rf $(VENV)/aot $(VENV)/aot-gpu
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/aot libtpu
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/aot-gpu \
+	  jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 	@touch $@
 
 test-slow: $(STAMP) $(AOT)  ## the slow tests (under 50 minutes on 2 cores)

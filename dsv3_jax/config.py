@@ -11,7 +11,9 @@ from typing import Any, Literal
 PALLAS = Literal["pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret"]
 EXPERTS = Literal["auto", "bucketed", "ragged_dot", "dense", PALLAS]
 ATTENTION = Literal["auto", "blockwise", PALLAS]
+DECODE = Literal["auto", "views", PALLAS]
 ROUTER = Literal["auto", "top_k", PALLAS]
+FP8_PRODUCTS = Literal["auto", "xla", PALLAS]
 DTYPES = Literal["float32", "bfloat16"]
 FP8_FORMATS = Literal["e4m3", "e5m2"]
 
@@ -96,6 +98,11 @@ class Fp8Recipe:
             f"got {self.promotion_interval}",
         )
 
+    @property
+    def in_kernels(self) -> bool:
+        """Whether our kernels compute its products: a scale for each 128 values, sums in float32."""
+        return (self.tile, self.scaling, self.gradient_scaling, self.accumulation) == (128, "fine", "tile", "float32")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -151,9 +158,12 @@ class ModelConfig:
     compute_dtype: DTYPES = "bfloat16"
     fp8: Fp8Recipe | None = None  # null: linear layers in the compute dtype; the published run had the recipe's defaults
     remat: Literal["none", "report", "full"] = "report"
+    # auto: our kernels on TPU; elsewhere bucketed or ragged_dot, blockwise, top_k, views
     experts_implementation: EXPERTS = "auto"
-    attention_implementation: ATTENTION = "auto"  # blockwise everywhere, until a kernel's time has been measured
-    router_implementation: ROUTER = "auto"  # top_k everywhere, likewise
+    attention_implementation: ATTENTION = "auto"  # in training
+    decode_implementation: DECODE = "auto"  # attention over a cache of latents
+    router_implementation: ROUTER = "auto"
+    fp8_implementation: FP8_PRODUCTS = "auto"  # of linear operations in FP8, and of rounding their operands
 
     def __post_init__(self) -> None:
         _require_choice(self)
@@ -180,14 +190,20 @@ class ModelConfig:
                 f"num_key_value_heads: gqa expects a divisor of num_attention_heads={heads}, got {kv_heads}",
             )
         require(
-            self.fp8 is None or self.experts_implementation in ("auto", "bucketed", "ragged_dot"),
-            f"experts_implementation: FP8 has auto, bucketed and ragged_dot, got {self.experts_implementation!r}",
+            self.fp8 is None or self.experts_implementation != "dense",
+            "experts_implementation: FP8 has auto, bucketed, ragged_dot and kernels, got 'dense'",
         )
+        kernels = [name for name in ("fp8", "experts") if getattr(self, f"{name}_implementation") in typing.get_args(PALLAS)]
         require(
-            self.attention_implementation in ("auto", "blockwise") or (self.attention == "mla" and self.fp8 is None),
-            f"attention_implementation: kernels are for attention=mla without fp8, got {self.attention_implementation!r}; "
-            "expected auto or blockwise",
+            self.fp8 is None or self.fp8.in_kernels or not kernels,
+            f"{'_'.join(kernels[:1])}_implementation: kernels have FP8 with tile=128, scaling=fine, gradient_scaling=tile and "
+            "accumulation=float32, got another recipe; expected auto",
         )
+        for name, plain in (("attention_implementation", "blockwise"), ("decode_implementation", "views")):
+            require(
+                self.attention == "mla" or getattr(self, name) in ("auto", plain),
+                f"{name}: kernels are for attention=mla, got {getattr(self, name)!r}; expected auto or {plain}",
+            )
         if self.n_moe_layers:
             self._validate_router()
 

@@ -12,16 +12,25 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from dsv3_jax.fp8.quantize import Quantiser
-from dsv3_jax.kernels.attention.api import mla_attention
+from dsv3_jax.fp8.quantize import Quantised, Quantiser
+from dsv3_jax.kernels.attention import pallas_tpu as attention_forward
+from dsv3_jax.kernels.attention import pallas_tpu_backward as attention_backward
+from dsv3_jax.kernels.decode import pallas_tpu as decode_tpu
+from dsv3_jax.kernels.decode import plan as decode_plan
 from dsv3_jax.kernels.decode.api import decode_attention, paged_decode_attention
 from dsv3_jax.kernels.grouped import pallas_tpu
 from dsv3_jax.kernels.grouped.api import grouped_swiglu
 from dsv3_jax.kernels.grouped.call import Out
 from dsv3_jax.kernels.grouped.cost import Cost, entries_of, of_outer, of_products
+from dsv3_jax.kernels.quantise import pallas_tpu as quantise_tpu
 from dsv3_jax.kernels.quantise.api import quantise, requantise_transposed, swiglu_quantise
+from dsv3_jax.kernels.quantise.call import SIDE
+from dsv3_jax.kernels.router import pallas_tpu as router_tpu
 from dsv3_jax.kernels.router.api import choose
+from dsv3_jax.kernels.scaled.api import grouped_scaled_outer, grouped_scaled_product, scaled_product
+from dsv3_jax.kernels.tiles import LANES
 from dsv3_jax.presets import preset
+from experiments import _bench_attention
 
 BF16 = jnp.dtype(jnp.bfloat16)
 HIDDEN, WIDTH = 7168, 2048
@@ -40,6 +49,9 @@ class Case(NamedTuple):
     cost: Cost | None = None  # None: the loops' trips are not counted
     blocks: tuple[int, ...] = ()
     peer: bool = False
+    parts: bool = False  # `cost.trips` are those of parts, branches included, and not of loops alone
+    small: tuple[int, ...] = ()  # as `bundles.Program.cycles_of_parts` has it, and so has
+    copies: bool = False
 
 
 def cases(kind: str) -> list[Case]:
@@ -53,10 +65,11 @@ def cases(kind: str) -> list[Case]:
         *_outer(kind),
         *_attention(4096),
         *_attention(32768),
-        *_decode(4096),
-        *_decode(32768),
+        *_decode(kind, 4096),
+        *_decode(kind, 32768),
         _router(),
-        *_quantise(),
+        *quantisers(TPU),
+        *scaled(TPU),
     ]
     return found
 
@@ -65,11 +78,12 @@ def _array(*shape: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+TPU = "pallas_tpu"
 GROUPS = _array(EXPERTS, dtype=jnp.int32)
 
 
 def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) -> list[Case]:
-    blocks = pallas_tpu.blocks_of(kind, 1, transposed)
+    blocks = pallas_tpu.blocks_of(kind, 1, transposed, inner, 1)
     ours = of_products(COUNTS, ROWS, inner, outer, blocks, weights=1, wide_extras=0, outs=1)
     weight = _array(EXPERTS, *((outer, inner) if transposed else (inner, outer)))
     shape, operands = f"{ROWS}x{inner}x{outer}", (_array(ROWS, inner), weight, GROUPS)
@@ -93,7 +107,7 @@ def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) 
 
 
 def _swiglu(kind: str) -> Case:
-    blocks = pallas_tpu.blocks_of(kind, 2, False)
+    blocks = pallas_tpu.blocks_of(kind, 2, False, HIDDEN, 3)
     ours = of_products(COUNTS, ROWS, HIDDEN, WIDTH, blocks, weights=2, wide_extras=0, outs=3)
     weight = _array(EXPERTS, HIDDEN, WIDTH)
     down = _array(EXPERTS, WIDTH, HIDDEN)
@@ -124,29 +138,38 @@ def _outer(kind: str) -> list[Case]:
     return found
 
 
-TPU = "pallas_tpu"
-HEADS, CONTENT, ROPE = 128, 128, 64
-
-
 def _attention(length: int) -> list[Case]:
-    heads = _array(1, HEADS, length, CONTENT)
-    operands = (heads, _array(1, HEADS, length, ROPE), heads, _array(1, length, ROPE), heads)
-    shape = f"{HEADS}x{length}x({CONTENT}+{ROPE},{CONTENT})"
+    forward, backward = (module.BLOCKS for module in (attention_forward, attention_backward))
+    shape, operands = f"128x{length}x(128+64,128)", _bench_attention.arrays(length)
+    found = [
+        Case("attention", "mla_attention", shape, partial(_bench_attention.ours, TPU), operands,
+             _bench_attention.forward_cost(length, forward), forward, parts=True),
+        Case("attention_backward", "mla_attention_backward", shape, partial(_bench_attention.ours_backward, TPU), operands,
+             _bench_attention.backward_cost(length, backward), backward, parts=True),
+    ]  # fmt: skip
+    for name, program, table, of_pair in (
+        ("attention", "splash_mha_fwd_residuals", _bench_attention.SPLASH, _bench_attention.FORWARD),
+        ("attention_backward", "splash_mha_dkv_no_residuals", _bench_attention.SPLASH_BACKWARD, _bench_attention.BACKWARD),
+    ):
+        back = name == "attention_backward"
+        for blocks in table:
+            cost = _bench_attention.splash_cost(length, blocks, of_pair, keys_outside=back)
 
-    def forward(q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any) -> Any:
-        return mla_attention(q, q_rope, k, k_rope, v, None, 0.1, implementation=TPU)
+            def run(*operands: Any, blocks: tuple[int, ...] = blocks, back: bool = back) -> Any:
+                return _bench_attention.splash(length, blocks, backward=back)(*operands)
 
-    def both(*arrays: Any) -> Any:
-        return jax.vjp(forward, *arrays)[1](arrays[4])
-
-    return [Case("attention", "mla_attention", shape, forward, operands),
-            Case("attention_backward", "mla_attention_backward", shape, both, operands)]  # fmt: skip
+            arrays = _bench_attention.splash_arrays(length)
+            found.append(Case(name, program, shape, run, arrays, cost, blocks, peer=True, parts=True))
+    return found
 
 
-def _decode(length: int) -> list[Case]:
-    batch, width, page = 32, 640, 64  # a row of 576 lies in 640 lanes
-    q, lengths = _array(batch, 1, HEADS, 512 + ROPE), _array(batch, dtype=jnp.int32)
+def _decode(kind: str, length: int) -> list[Case]:
+    """Sequences of all lengths up to `length`, of pages of 64 rows or of one."""
+    batch, heads, width, page = 32, 128, 640, 64  # a row of 576 lies in 640 lanes
+    lengths = tuple(length * (i + 1) // batch - i for i in range(batch))
+    q, counts = _array(batch, 1, heads, 576), _array(batch, dtype=jnp.int32)
     pages, table = _array(batch * length // page, page, width), _array(batch, length // page, dtype=jnp.int32)
+    blocks = decode_tpu.BLOCKS_OF_CHIP.get(kind, decode_tpu.BLOCKS)
 
     def contiguous(q: Any, cache: Any, lengths: Any) -> Any:
         return decode_attention(q, cache, lengths, latent=512, scale=0.1, implementation=TPU)
@@ -154,9 +177,17 @@ def _decode(length: int) -> list[Case]:
     def paged(q: Any, cache: Any, table: Any, lengths: Any) -> Any:
         return paged_decode_attention(q, cache, table, lengths, latent=512, scale=0.1, implementation=TPU)
 
-    shape = f"{batch}x{HEADS}x{length}"
-    return [Case("decode", "decode", shape, contiguous, (q, _array(batch, length, width), lengths)),
-            Case("decode_paged", "decode_paged", shape, paged, (q, pages, table, lengths))]  # fmt: skip
+    def cost(page: int) -> Cost:
+        problem = decode_plan.Problem(lengths, 1, heads, 576, 512, page, length // page)
+        least, performed = decode_plan.least(problem), decode_plan.performed(problem, blocks)
+        return Cost(*decode_plan.trips(problem, blocks), performed.bytes, least.bytes, performed.flops, least.flops)
+
+    shape, cache = f"{batch}x{heads}x{length}", _array(batch, length, width)
+    how: dict[str, Any] = dict(blocks=blocks, parts=True, small=(2 * (blocks.depth - 1) + 6,))  # that is a part's start
+    return [
+        Case("decode", "decode", shape, contiguous, (q, cache, counts), cost(length), **how),
+        Case("decode_paged", "decode_paged", shape, paged, (q, pages, table, counts), cost(page), **how),
+    ]
 
 
 def _router() -> Case:
@@ -166,25 +197,87 @@ def _router() -> Case:
         return choose(logits, bias, config, implementation=TPU)
 
     operands = (_array(ROWS, experts, dtype=jnp.float32), _array(experts, dtype=jnp.float32))
-    return Case("router", "router", f"{ROWS}x{experts}", run, operands)
+    tokens, k = router_tpu.BLOCKS.tokens, config.num_experts_per_tok
+    least = 4 * (2 * ROWS * experts + experts + ROWS * (2 * k + 1))
+    moved = router_tpu.bytes_moved(ROWS, experts, k)
+    width = router_tpu.WIDTH if tokens % router_tpu.WIDTH == 0 else LANES
+    each = tokens / width  # turns, within each of which loops are over rows, groups and rounds
+    trips = (each, each * width / router_tpu.HEIGHT, each * (config.n_group or 1), each * (k + 1))
+    cost = Cost(-(-ROWS // tokens), trips, moved, least, 0, 0)
+    return Case("router", "router", f"{ROWS}x{experts}", run, operands, cost, router_tpu.BLOCKS, parts=True)
 
 
-def _quantise() -> list[Case]:
+def _quantise_cost(inputs: list[Any], tile: tuple[int, int], n_wide: int = 1, *, transposed: bool = False) -> Cost:
+    """Of a grid of blocks: where there are several strips of rows a loop over them, within it one over tiles' columns."""
+    _, rows, columns = inputs[0].shape
+    table = quantise_tpu.TRANSPOSED if transposed else quantise_tpu.BLOCKS[tile]
+    tall, wide = min(table.rows, -(-rows // SIDE) * SIDE), min(table.columns, -(-columns // SIDE) * SIDE)
+    steps = -(-rows // tall) * -(-columns // wide)
+    strips, across = tall // (SIDE if tile[0] == SIDE else quantise_tpu.PACKED), wide // SIDE
+    turns = across // min(table.unroll, across)
+    trips = [float(strips)] * (strips > 1) + [float(strips * turns)] * (turns > 1)
+    moved = quantise_tpu.bytes_moved(inputs, Quantiser(tile=tile), n_wide=n_wide, transposed=transposed)
+    scales = -(-rows // tile[0]) * -(-columns // tile[1]) * 4
+    least = sum(v.size * v.dtype.itemsize for v in inputs) + rows * columns + scales
+    return Cost(steps, tuple(trips), moved, least, 0, 0)
+
+
+def quantisers(implementation: str) -> list[Case]:
     def tiles(tile: tuple[int, int], x: Any) -> Any:
-        return quantise(x, Quantiser(tile=tile), implementation=TPU)
+        return quantise(x, Quantiser(tile=tile), implementation=implementation)
 
     def swiglu(g: Any, u: Any) -> Any:
-        return swiglu_quantise(g, u, Quantiser(), implementation=TPU)
+        return swiglu_quantise(g, u, Quantiser(), implementation=implementation)
 
     def transposed(x: Any) -> Any:
         return requantise_transposed(
-            quantise(x, Quantiser(), implementation="reference"), Quantiser(tile=(128, 1)), implementation=TPU
+            quantise(x, Quantiser(), implementation="reference"), Quantiser(tile=(SIDE, 1)), implementation=implementation
         )
 
     rows, wide = _array(ROWS, HIDDEN), _array(ROWS, WIDTH)
+    stacked, halves = [_array(1, ROWS, HIDDEN)], [_array(1, ROWS, WIDTH)] * 2
+    narrow = [_array(1, ROWS, HIDDEN, dtype=jnp.float8_e4m3fn), _array(1, ROWS, HIDDEN // SIDE, dtype=jnp.float32)]
+    kinds = (1, SIDE), (SIDE, 1), (SIDE, SIDE)
     return [
-        *(Case(f"quantise_{m}x{k}", "quantise", f"{ROWS}x{HIDDEN}", partial(tiles, (m, k)), (rows,))
-          for m, k in ((1, 128), (128, 1), (128, 128))),
-        Case("quantise_swiglu", "swiglu_quantise", f"{ROWS}x{WIDTH}", swiglu, (wide, wide)),
-        Case("requantise_transposed", "requantise_transposed", f"{ROWS}x{HIDDEN}", transposed, (rows,)),
+        *(Case(f"quantise_{m}x{k}", "quantise", f"{ROWS}x{HIDDEN}", partial(tiles, (m, k)), (rows,),
+               _quantise_cost(stacked, (m, k)), quantise_tpu.BLOCKS[m, k], parts=True, copies=m > k) for m, k in kinds),
+        Case("quantise_swiglu", "swiglu_quantise", f"{ROWS}x{WIDTH}", swiglu, (wide, wide),
+             _quantise_cost(halves, (1, SIDE), 2), quantise_tpu.BLOCKS[1, SIDE], parts=True),
+        Case("requantise_transposed", "requantise_transposed", f"{ROWS}x{HIDDEN}", transposed, (rows,),
+             _quantise_cost(narrow, (SIDE, 1), transposed=True), quantise_tpu.TRANSPOSED, parts=True),
+    ]  # fmt: skip
+
+
+def scaled(implementation: str) -> list[Case]:
+    """FP8 products; the gradient of weights with rows in whole tiles. Of the TPU's, the loops that convert are not counted."""
+    how: dict[str, Any] = {"dtype": BF16, "implementation": implementation}
+
+    def operand(*shape: int, tile: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        tiles = [-(-size // side) for size, side in zip(shape[-2:], tile, strict=True)]
+        return _array(*shape, dtype=jnp.float8_e4m3fn), _array(*shape[:-2], *tiles, dtype=jnp.float32)
+
+    def quantised(values: Any, scale: Any, tile: tuple[int, int]) -> Quantised:
+        return Quantised(values, scale, values.shape[-2:], tile)
+
+    def up(a: Any, a_scale: Any, b: Any, b_scale: Any, count: Any, transposed: bool = False) -> Any:
+        a, b = quantised(a, a_scale, (1, SIDE)), quantised(b, b_scale, (SIDE, SIDE))
+        return grouped_scaled_product(a, b, count, transposed=transposed, **how)
+
+    def outer(x: Any, x_scale: Any, y: Any, y_scale: Any, count: Any) -> Any:
+        return grouped_scaled_outer(quantised(x, x_scale, (1, SIDE)), quantised(y, y_scale, (SIDE, 1)), count, **how)
+
+    def plain(a: Any, a_scale: Any, b: Any, b_scale: Any) -> Any:
+        return scaled_product(quantised(a, a_scale, (1, SIDE)), quantised(b, b_scale, (SIDE, SIDE)), **how)
+
+    row, block = (1, SIDE), (SIDE, SIDE)
+    wide, narrow = operand(ROWS, HIDDEN, tile=row), operand(ROWS, WIDTH, tile=row)
+    weights, dense = operand(EXPERTS, HIDDEN, WIDTH, tile=block), operand(HIDDEN, 18432, tile=block)
+    along = *operand(HIDDEN, ROWS, tile=row), *operand(ROWS, WIDTH, tile=(SIDE, 1))
+    name, tokens = "grouped_scaled_product", operand(4096, HIDDEN, tile=row)
+    return [
+        Case("fp8_up", name, f"{ROWS}x{HIDDEN}x{WIDTH}", up, (*wide, *weights, GROUPS)),
+        Case("fp8_up_transposed", f"{name}_transposed", f"{ROWS}x{WIDTH}x{HIDDEN}", partial(up, transposed=True),
+             (*narrow, *weights, GROUPS)),
+        Case("fp8_outer", "grouped_scaled_outer", f"{HIDDEN}x{ROWS}x{WIDTH}", outer, (*along, GROUPS)),
+        Case("fp8_dense", "scaled_product", f"4096x{HIDDEN}x18432", plain, (*tokens, *dense)),
     ]  # fmt: skip

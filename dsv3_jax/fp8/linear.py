@@ -2,7 +2,7 @@
 
 Between forward and backward pass the input is kept as it was rounded, one byte a value. Wgrad sums over tokens, so there both
 operands are rounded anew, in tiles along the tokens. Gradients are those of the rounded operands' product, handed through the
-rounding as if it were not there.
+rounding as if it were not there. Rounding and products are XLA's, or our own kernels' (`dsv3_jax.kernels.scaled`, `.quantise`).
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,9 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.fp8.accumulate import Accumulation, product
 from dsv3_jax.fp8.delayed import NOT_DELAYED, Amax, largest, magnitude, observed, parted
-from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise, with_scale_bits
+from dsv3_jax.fp8.quantize import FP8_BLOCK, Quantised, Quantiser, quantise, with_scale_bits
+from dsv3_jax.kernels.quantise import api as kernels
+from dsv3_jax.kernels.scaled.api import scaled_product, scaled_product_transposed
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,23 @@ class Products:
     x_wgrad: Quantiser
     gradient_wgrad: Quantiser
     accumulation: Accumulation = Accumulation()
+    implementation: str = "xla"  # or a kernel's, as `kernels.modes` has it: for operands of 8 bits in fine tiles of 128
+
+    @property
+    def in_kernels(self) -> bool:
+        return self.implementation != "xla"
+
+    def rounded(self, x: Float[Array, "*stack M K"], how: Quantiser, before: Float[Array, ""] | None = None) -> Quantised:
+        """An operand [.., M, K] as one of the above rounds it."""
+        if self.in_kernels:
+            return kernels.quantise(x, how, implementation=self.implementation)
+        return quantise(x, how, before)
+
+    def rounded_transposed(self, x: Any, how: Quantiser) -> Quantised:
+        """Of x [M, K], an array or as it was rounded in tiles along K: in tiles along M, and transposed, by a kernel."""
+        if isinstance(x, Quantised) and x.form.bits == 8 and x.tile == (1, FP8_BLOCK):
+            return kernels.requantise_transposed(x, how, implementation=self.implementation)
+        return self.rounded(x.astype(jnp.float32), how).T
 
 
 def keep(x: Float[Array, "N C"], how: Quantiser) -> Quantised:
@@ -41,20 +60,32 @@ def packed(matrix: Quantised, how: Quantiser) -> Quantised:
 
 def rounded_weight(weight: Any, how: Products, before: Amax = NOT_DELAYED) -> Quantised:
     """Blocks of a matrix [in, out] or of a stack; one that was stored in FP8 is taken as it is."""
-    return weight if isinstance(weight, Quantised) else quantise(weight, how.weight, before.weight)
+    return weight if isinstance(weight, Quantised) else how.rounded(weight, how.weight, before.weight)
 
 
-def fprop(x: Quantised, weight: Any, how: Products, before: Amax = NOT_DELAYED) -> Float[Array, "N O"]:
-    return product(x, rounded_weight(weight, how, before), how.accumulation)
+def fprop(x: Quantised, weight: Any, how: Products, dtype: Any, before: Amax = NOT_DELAYED) -> Float[Array, "N O"]:
+    weight = rounded_weight(weight, how, before)
+    if how.in_kernels:
+        return scaled_product(x, weight, dtype=dtype, implementation=how.implementation)
+    return product(x, weight, how.accumulation).astype(dtype)
 
 
-def dgrad(dy: Float[Array, "N O"], weight: Any, how: Products, before: Amax = NOT_DELAYED) -> Float[Array, "N I"]:
-    return product(quantise(dy, how.gradient, before.gradient), rounded_weight(weight, how, before).T, how.accumulation)
+def dgrad(dy: Float[Array, "N O"], weight: Any, how: Products, dtype: Any, before: Amax = NOT_DELAYED) -> Float[Array, "N I"]:
+    weight, dy8 = rounded_weight(weight, how, before), how.rounded(dy, how.gradient, before.gradient)
+    if how.in_kernels:
+        return scaled_product_transposed(dy8, weight, dtype=dtype, implementation=how.implementation)
+    return product(dy8, weight.T, how.accumulation).astype(dtype)
 
 
-def wgrad(x: Float[Array, "N I"], dy: Float[Array, "N O"], how: Products, before: Amax = NOT_DELAYED) -> Float[Array, "I O"]:
-    operands = quantise(x, how.x_wgrad, before.x).T, quantise(dy, how.gradient_wgrad, before.gradient)
-    return product(*operands, how.accumulation)
+def wgrad(x: Any, dy: Float[Array, "N O"], how: Products, dtype: Any, before: Amax = NOT_DELAYED) -> Float[Array, "I O"]:
+    """`x` [N, I]: an array, or as it was kept."""
+    dy8 = how.rounded(dy, how.gradient_wgrad, before.gradient)
+    if how.in_kernels:
+        return scaled_product(
+            how.rounded_transposed(x, how.x_wgrad), dy8, dtype=jnp.float32, implementation=how.implementation
+        ).astype(dtype)  # fmt: skip
+    x8 = quantise(x.astype(jnp.float32), how.x_wgrad, before.x)
+    return product(x8.T, dy8, how.accumulation).astype(dtype)
 
 
 def linear(x: Float[Array, "*batch I"], weight: Any, how: Products, kept: Quantised | None = None) -> Float[Array, "*batch O"]:
@@ -66,7 +97,7 @@ def linear(x: Float[Array, "*batch I"], weight: Any, how: Products, kept: Quanti
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
         matrix = replace(weight, sides=weight.values.shape[-2:])
-        y = fprop(quantise(flat, how.x), matrix, how).astype(x.dtype)
+        y = fprop(how.rounded(flat, how.x), matrix, how, x.dtype)
     else:
         y = _linear(flat, *parted(weight), kept, how)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -79,8 +110,8 @@ def _linear(x_NI: Array, weight_IO: Array, history: Array | None, kept: Quantise
 
 def _forward(x_NI: Array, weight_IO: Array, history: Array | None, kept: Quantised | None, how: Products) -> tuple[Array, Any]:
     before = largest(history)
-    x = quantise(x_NI, how.x, before.x)
-    y = fprop(x, weight_IO, how, before).astype(x_NI.dtype)
+    x = how.rounded(x_NI, how.x, before.x)
+    y = fprop(x, weight_IO, how, x_NI.dtype, before)
     amax_x = None if history is None else magnitude(x_NI)
     return y, (packed(x, how.x) if kept is None else kept, weight_IO, history, amax_x, jnp.zeros((0,), x_NI.dtype))
 
@@ -88,8 +119,8 @@ def _forward(x_NI: Array, weight_IO: Array, history: Array | None, kept: Quantis
 def _backward(how: Products, saved: Any, dy_NO: Array) -> tuple[Array, Array, Any, None]:
     x, weight_IO, history, amax_x, like_x = saved
     before = largest(history)
-    dx = dgrad(dy_NO, weight_IO, how, before).astype(like_x.dtype)
-    dw = wgrad(x.astype(jnp.float32), dy_NO, how, before).astype(weight_IO.dtype)
+    dx = dgrad(dy_NO, weight_IO, how, like_x.dtype, before)
+    dw = wgrad(x, dy_NO, how, weight_IO.dtype, before)
     return dx, dw, observed(history, amax_x, weight_IO, dy_NO), None
 
 

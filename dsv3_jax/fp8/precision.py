@@ -14,6 +14,7 @@ from dsv3_jax.fp8.accumulate import Accumulation
 from dsv3_jax.fp8.formats import FORMATS
 from dsv3_jax.fp8.linear import Products
 from dsv3_jax.fp8.quantize import RELEASED_FLOOR, WHOLE, Quantiser
+from dsv3_jax.kernels.modes import chosen
 
 # What released code does with activations when it serves its FP8 weights; nothing is kept, as nothing is differentiated.
 SERVING = Fp8Recipe(amax_floor=RELEASED_FLOOR, power_of_two="nowhere", attention_cache="compute", swiglu_cache="compute")
@@ -29,7 +30,8 @@ def products(config: ModelConfig, operation: str) -> Products | None:
     recipe = config.fp8
     if recipe is None or not (operation in LINEAR or (operation == "gate" and recipe.router)):
         return None
-    return _products(recipe, operation)
+    name = config.fp8_implementation
+    return _products(recipe, operation, chosen(name, "xla") if recipe.in_kernels or name != "auto" else "xla")
 
 
 def is_linear(path: Sequence[Any], config: ModelConfig) -> bool:
@@ -39,7 +41,7 @@ def is_linear(path: Sequence[Any], config: ModelConfig) -> bool:
 
 
 @cache
-def _products(recipe: Fp8Recipe, operation: str) -> Products:
+def _products(recipe: Fp8Recipe, operation: str, implementation: str = "xla") -> Products:
     # Powers of two: what is rounded once more in other tiles, which then adds no error (after attention), and what is sent.
     sent = operation in ("experts.gate_proj", "experts.up_proj")
     x = _quantiser(recipe, recipe.activation_format, (1, recipe.tile), sent or operation == "o_proj")
@@ -47,7 +49,7 @@ def _products(recipe: Fp8Recipe, operation: str) -> Products:
     side = recipe.tile if recipe.gradient_scaling == "block" else 1
     gradient = _quantiser(recipe, recipe.gradient_format, (side, recipe.tile), operation == "experts.down_proj")
     accumulation = Accumulation(recipe.accumulation, recipe.accumulator, recipe.promotion_interval)
-    return Products(x, weight, gradient, x.transposed, gradient.transposed, accumulation)
+    return Products(x, weight, gradient, x.transposed, gradient.transposed, accumulation, implementation)
 
 
 def _quantiser(recipe: Fp8Recipe, form: str, tile: tuple[int, int], in_report: bool) -> Quantiser:

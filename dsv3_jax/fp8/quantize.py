@@ -75,7 +75,8 @@ class Quantised:
     @property
     def T(self) -> "Quantised":
         """Of a matrix, or of each in a stack."""
-        values, scale = (jnp.swapaxes(a, -1, -2) for a in (self.wide().values, self.scale))
+        whole = self if self.form.bits == 8 else self.wide()  # packed rows of 12 bits are no columns
+        values, scale = (jnp.swapaxes(a, -1, -2) for a in (whole.values, self.scale))
         return Quantised(values, scale, self.sides[::-1], self.tile[::-1], self.form)
 
     def astype(self, dtype: Any) -> Array:

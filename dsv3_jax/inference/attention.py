@@ -18,13 +18,19 @@ from jaxtyping import Array, Float, Int, Shaped
 from dsv3_jax.bits import bits_dtype, from_bits, to_bits
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.serving import joined
+from dsv3_jax.kernels.decode.api import paged_decode_attention
+from dsv3_jax.kernels.decode.work import splits_for
+from dsv3_jax.kernels.modes import chosen
+from dsv3_jax.kernels.tiles import LANES, up
 from dsv3_jax.model.attention import causal_attention
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import plain_heads
 from dsv3_jax.model.rope import apply_rope, softmax_scale
+from dsv3_jax.parallel.collectives import varying_like
 
 Rope = tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
 SMALLEST_VIEW = 128  # rows of the cache that are looked at, at least
+SUBLANES = 16  # of bfloat16, in a tile of a TPU's memory
 
 
 def cache_width(config: ModelConfig) -> int:
@@ -32,6 +38,18 @@ def cache_width(config: ModelConfig) -> int:
     if config.attention == "mla":
         return config.kv_lora_rank + config.qk_rope_head_dim
     return config.n_key_value_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+
+
+def implementation(config: ModelConfig, platform: str | None = None) -> str:
+    """Of attention over the cache; `platform`: of the devices, where there is no mesh around."""
+    return chosen(config.decode_implementation, "views", platform) if config.attention == "mla" else "views"
+
+
+def cache_shape(config: ModelConfig, batch: int, size: int, platform: str) -> tuple[int, int, int]:
+    """[B, S, C] of one layer. TPUs lay rows out in whole lanes: what is as wide as that, and as tall, no kernel has to copy."""
+    if not implementation(config, platform).startswith("pallas_tpu"):
+        return batch, size, cache_width(config)
+    return batch, up(size, SUBLANES), up(cache_width(config), LANES)
 
 
 def cache_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
@@ -68,6 +86,8 @@ def cached_attention(
     """
     q_BHTK, new_BTC = (_mla_query_and_row if config.attention == "mla" else _plain_query_and_row)(params, x_BTD, rope, config)
     rows = written(rows, new_BTC, start_B, layer)
+    if absorbed and (how := implementation(config)) != "views":
+        return _projected(params, _kernel(params, q_BHTK, rows, start_B, layer, config, how), x_BTD.dtype), rows
     # Copied: XLA on TPUs would copy the whole stack for branches that slice it themselves.
     own_BSC = rows if layer is None else lax.dynamic_index_in_dim(rows, layer, keepdims=False)
     kinds = {"mla": _absorbed if absorbed else _expanded}
@@ -89,8 +109,11 @@ def cached_attention(
 
         branches, which = [first, *branches], jnp.where(start_B.max() == 0, 0, which + 1)
     out_BHTW = branches[0]() if len(branches) == 1 else lax.switch(which, branches)
-    out_BTW = rearrange(out_BHTW, "b h t w -> b t (h w)")
-    return out_BTW @ params["o_proj"].astype(x_BTD.dtype), rows
+    return _projected(params, out_BHTW, x_BTD.dtype), rows
+
+
+def _projected(params: Mapping[str, Any], out_BHTW: Array, dtype: Any) -> Array:
+    return rearrange(out_BHTW, "b h t w -> b t (h w)") @ params["o_proj"].astype(dtype)
 
 
 def written(rows: Array, new_BTC: Array, start_B: Array, layer: Array | None = None) -> Array:
@@ -127,11 +150,33 @@ def _mla_query_and_row(params: Mapping[str, Any], x_BTD: Array, rope: Rope, conf
     return q_BHTK, jnp.concatenate([c_kv, apply_rope(k_rope[:, None], *rope)[:, 0]], axis=-1)
 
 
+def _latent_queries(params: Mapping[str, Any], q_BHTK: Array, config: ModelConfig) -> Array:
+    """A query in the latent's space, by K_i^T, where one key of 576 is all heads'."""
+    q_latent = jnp.einsum("bhtd,hdc->bhtc", q_BHTK[..., : config.qk_nope_head_dim], params["k_up"])
+    return jnp.concatenate([q_latent, q_BHTK[..., config.qk_nope_head_dim :]], axis=-1)
+
+
+def _kernel(
+    params: Mapping[str, Any], q_BHTK: Array, rows: Array, start_B: Array, layer: Array | None, config: ModelConfig, how: str
+) -> Array:
+    """A stack's caches are pages, of which a layer's are its own: nothing is sliced out."""
+    (batch, heads, length, _), rank = q_BHTK.shape, config.kv_lora_rank
+    q_BTHK = jnp.swapaxes(_latent_queries(params, q_BHTK, config), 1, 2)
+    pages_PSC = from_bits(rows, q_BHTK.dtype).reshape(-1, *rows.shape[-2:])
+    page_B = jnp.arange(batch, dtype=jnp.int32) + (0 if layer is None else layer * batch)
+    operands = q_BTHK, pages_PSC, page_B[:, None], start_B + length
+    operands = varying_like(operands, operands)
+    z_BTHC, _ = paged_decode_attention(
+        *operands, latent=rank, scale=softmax_scale(config), implementation=how,
+        splits=splits_for(how, batch, length * heads, rows.shape[-2]),
+    )  # fmt: skip
+    return jnp.einsum("bthc,hcw->bhtw", z_BTHC, params["v_up"])
+
+
 def _absorbed(params: Mapping[str, Any], q_BHTK: Array, rows_BSC: Array, visible: Array, *, config: ModelConfig) -> Array:
-    """A query goes into the latent's space by K_i^T: one key of 576 and one value of 512 for all heads; V_i after the sum."""
-    nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
-    q_latent = jnp.einsum("bhtd,hdc->bhtc", q_BHTK[..., :nope], params["k_up"])
-    q_rows = jnp.concatenate([q_latent, q_BHTK[..., nope:]], axis=-1)
+    """Scores of 576 channels, values of 512, the same for all heads; V_i after the sum."""
+    rank, q_rows = config.kv_lora_rank, _latent_queries(params, q_BHTK, config)
+    rows_BSC = rows_BSC[..., : q_rows.shape[-1]]
     batch, heads, length, _ = q_rows.shape
     # Heads and queries side by side, one product a sequence, rows first: XLA on CPU takes half the time so. The rotary channels
     # go along in the sum and are dropped after it.
@@ -153,7 +198,7 @@ def _keys_and_values(params: Mapping[str, Any], rows_BSC: Array, config: ModelCo
     """All heads' keys [B, H, S, K] and values, from rows of latents."""
     c_kv = rows_BSC[..., : config.kv_lora_rank]
     k_content, v = jnp.einsum("bsc,hdc->bhsd", c_kv, params["k_up"]), jnp.einsum("bsc,hcw->bhsw", c_kv, params["v_up"])
-    k_rope = rows_BSC[:, None, :, config.kv_lora_rank :]
+    k_rope = rows_BSC[:, None, :, config.kv_lora_rank : cache_width(config)]
     k_rope = jnp.broadcast_to(k_rope, (*k_content.shape[:3], k_rope.shape[-1]))
     return jnp.concatenate([k_content, k_rope], axis=-1), v
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.attention import cache_dtype, cache_width, cached_attention
+from dsv3_jax.inference.attention import cache_dtype, cache_shape, cached_attention
 from dsv3_jax.inference.experts import gated, moe
 from dsv3_jax.inference.serving import Layer, Serving
 from dsv3_jax.inference.sharded import Stack, placement_of, stack_blocks
@@ -24,7 +24,10 @@ from dsv3_jax.parallel.arrays import zeros_on_mesh
 
 
 class Cache(NamedTuple):
-    """One array [B, S, 512 + 64] a layer, or [L, B, S, 512 + 64] a stack, of `cache_dtype`; `depths`: of modules that draft."""
+    """One array [B, S, 512 + 64] a layer, or [L, B, S, 512 + 64] a stack; `depths`: of modules that draft.
+
+    As `inference.attention` has them, which on TPU are wider.
+    """
 
     layers: tuple[Shaped[Array, "*layers B S C"], ...]
     depths: tuple[Shaped[Array, "*layers B S C"], ...] = ()
@@ -32,8 +35,9 @@ class Cache(NamedTuple):
 
 def make_cache(config: ModelConfig, batch: int, size: int, *, depths: int = 0, model: Serving | None = None) -> Cache:
     """Room for `size` positions of `batch` sequences; of a `model` on a mesh, for each of its stacks, and in pieces."""
-    placement, shape = placement_of(model) if model else None, (batch, size, cache_width(config))
-    dtype = cache_dtype(config, placement.platform if placement else jax.default_backend())
+    placement = placement_of(model) if model else None
+    platform = placement.platform if placement else jax.default_backend()
+    shape, dtype = cache_shape(config, batch, size, platform), cache_dtype(config, platform)
 
     def rows(layer: Any) -> Array:
         if not isinstance(layer, Stack):

@@ -14,7 +14,7 @@ from dsv3_jax.interop.run_folder import RunFolder
 
 # In which the numbers are made, and not what they mean: config.json does not speak of these.
 NUMERICS: dict[str, Any] = {"remat": "none", "fp8": None} | {
-    f"{name}_implementation": "auto" for name in ("experts", "attention", "router")
+    f"{name}_implementation": "auto" for name in ("experts", "attention", "decode", "router", "fp8")
 }
 
 

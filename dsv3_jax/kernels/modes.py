@@ -49,3 +49,17 @@ def chip() -> str:
     if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         return device.device_kind
     return jax.devices()[0].device_kind
+
+
+def platform() -> str:
+    """cpu, tpu or gpu: of the mesh around, or else of the default device."""
+    if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return device.platform
+    return jax.default_backend()
+
+
+def chosen(name: str, otherwise: str, on: str | None = None) -> str:
+    """`name`, or what "auto" stands for where there is a kernel: it on TPU, `otherwise` elsewhere. `on`: another `platform`."""
+    if name != "auto":
+        return name
+    return "pallas_tpu" if (on or platform()) == "tpu" else otherwise

@@ -15,6 +15,7 @@ from dsv3_jax.fp8 import linear as fp8
 from dsv3_jax.fp8.delayed import largest, magnitude, observed, parted
 from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise
+from dsv3_jax.kernels.quantise.api import swiglu_quantise
 from dsv3_jax.model.spec import Spec, SpecTree
 from dsv3_jax.parallel.collectives import varying_like
 
@@ -84,8 +85,11 @@ def silu_times(g: Float[Array, "*batch F"], u: Float[Array, "*batch F"]) -> Floa
 def _gated_down(g_NF: Array, u_NF: Array, weight_FD: Any, history: Array | None, how: fp8.Products, cache: Quantiser) -> Array:
     """SwiGLU and its down projection, with the inputs alone kept, in FP8, and the product of both computed again [§3.2.3]."""
     before = largest(history)
-    h = silu_times(g_NF.astype(jnp.float32), u_NF.astype(jnp.float32))
-    return fp8.fprop(quantise(h, how.x, before.x), weight_FD, how, before).astype(g_NF.dtype)
+    if how.in_kernels:
+        h = swiglu_quantise(g_NF, u_NF, how.x, implementation=how.implementation)
+    else:
+        h = quantise(silu_times(g_NF.astype(jnp.float32), u_NF.astype(jnp.float32)), how.x, before.x)
+    return fp8.fprop(h, weight_FD, how, g_NF.dtype, before)
 
 
 def _gated_down_forward(
@@ -99,8 +103,8 @@ def _gated_down_backward(how: fp8.Products, cache: Quantiser, saved: Any, dy_ND:
     kept, weight_FD, history = saved
     before = largest(history)
     h, pull_back = jax.vjp(silu_times, *(v.astype(jnp.float32) for v in kept))
-    dg, du = (d.astype(dy_ND.dtype) for d in pull_back(fp8.dgrad(dy_ND, weight_FD, how, before)))
-    dweight = fp8.wgrad(h, dy_ND, how, before).astype(weight_FD.dtype)
+    dg, du = (d.astype(dy_ND.dtype) for d in pull_back(fp8.dgrad(dy_ND, weight_FD, how, jnp.float32, before)))
+    dweight = fp8.wgrad(h, dy_ND, how, weight_FD.dtype, before)
     return dg, du, dweight, observed(history, magnitude(h), weight_FD, dy_ND)
 
 

@@ -1,6 +1,6 @@
 """Multi-head latent attention, eqs. 1-11 [§2.1.1], and MHA, GQA and MQA of the same head shapes beside it.
 
-Every variant projects to the same five arrays, content and rotary parts apart, and shares `causal_attention`.
+Every variant projects to the same five arrays, content and rotary parts apart, and shares what follows.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.precision import attention_cache, products
-from dsv3_jax.kernels.attention.api import mla_attention
-from dsv3_jax.model.attention import attention_and_cache, causal_attention
+from dsv3_jax.fp8.quantize import Quantised, Quantiser
+from dsv3_jax.kernels.attention import api as kernel
+from dsv3_jax.kernels.modes import chosen
+from dsv3_jax.model.attention import attention_and_cache
 from dsv3_jax.model.layers import linear, rms_norm
 from dsv3_jax.model.rope import apply_rope, softmax_scale
 from dsv3_jax.model.spec import Spec, SpecTree, gain
@@ -113,20 +115,26 @@ def attention(
     project = _mla_heads if config.attention == "mla" else plain_heads
     heads = project(params, x_BTD, config)
     q_rope, k_rope = apply_rope(heads.q_rope_BHTR, *rope), apply_rope(heads.k_rope_BGTR, *rope)
-    if config.attention_implementation not in ("auto", "blockwise"):
-        operands = heads.q_content_BHTC, q_rope, heads.k_content_BGTC, k_rope[:, 0], heads.v_BGTW
-        q, q_rope, k, k_rope, v = varying_like(operands, operands)
-        segments_BS = None if segments_BT is None else varying_like(operands, segments_BT)
-        how = config.attention_implementation
-        out_BHTW = mla_attention(q, q_rope, k, k_rope, v, segments_BS, softmax_scale(config), implementation=how)
-        return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype))
-    k_rope = jnp.broadcast_to(k_rope, (*heads.k_content_BGTC.shape[:3], k_rope.shape[-1]))
-    q_BHTK = jnp.concatenate([heads.q_content_BHTC, q_rope], axis=-1)
-    k_BGTK = jnp.concatenate([heads.k_content_BGTC, k_rope], axis=-1)
-    q_BGQTK = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=heads.v_BGTW.shape[1])
-    core = q_BGQTK, k_BGTK, heads.v_BGTW, segments_BT, softmax_scale(config)
-    if products(config, "o_proj") is None:
-        out_BHTW = rearrange(causal_attention(*core), "b g q t w -> b (g q) t w")
-        return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype))
-    out_BGQTW, kept = attention_and_cache(*core, attention_cache(config))
-    return linear(params, "o_proj", rearrange(out_BGQTW, "b g q t w -> b t (g q w)"), config, kept)
+    heads = heads._replace(q_rope_BHTR=q_rope, k_rope_BGTR=k_rope)
+    fp8 = products(config, "o_proj") is not None
+    out_BHTW, kept = _core(heads, segments_BT, config, attention_cache(config) if fp8 else None)
+    if fp8:
+        return linear(params, "o_proj", rearrange(out_BHTW, "b h t w -> b t (h w)"), config, kept)
+    return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype))
+
+
+def _core(
+    heads: Heads, segments_BT: Int[Array, "B T"] | None, config: ModelConfig, cache: Quantiser | None
+) -> tuple[Float[Array, "B H T W"], Quantised | None]:
+    """Eqs. 10-11 of rotated heads; and the output as `cache` rounds it, for the backward pass and for the projection after."""
+    q, q_rope, k, k_rope, v = heads
+    how = chosen(config.attention_implementation, "blockwise") if config.attention == "mla" else "blockwise"
+    if how == "blockwise":
+        k_rope = jnp.broadcast_to(k_rope, (*k.shape[:3], k_rope.shape[-1]))
+        q_BHTK, k_BGTK = jnp.concatenate([q, q_rope], axis=-1), jnp.concatenate([k, k_rope], axis=-1)
+        q_BGQTK = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=v.shape[1])
+        out_BGQTW, kept = attention_and_cache(q_BGQTK, k_BGTK, v, segments_BT, softmax_scale(config), cache)
+        return rearrange(out_BGQTW, "b g q t w -> b (g q) t w"), kept
+    operands = kernel.Heads(q, q_rope, k, k_rope[:, 0], v)
+    operands, segments_BT = varying_like(operands, (operands, segments_BT))
+    return kernel.attention_and_cache(operands, segments_BT, softmax_scale(config), cache, implementation=how)

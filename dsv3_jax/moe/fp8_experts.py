@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.bits import to_bits
-from dsv3_jax.config import Fp8Recipe, ModelConfig
+from dsv3_jax.config import PALLAS, Fp8Recipe, ModelConfig
 from dsv3_jax.fp8.accumulate import product
 from dsv3_jax.fp8.delayed import Amax, largest, magnitude, observed, parted
 from dsv3_jax.fp8.linear import Products, keep, packed, rounded_weight
 from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise
+from dsv3_jax.kernels.quantise.api import swiglu_quantise
+from dsv3_jax.kernels.scaled.api import grouped_scaled_outer, grouped_scaled_product
 from dsv3_jax.model.layers import silu_times
 from dsv3_jax.moe.dispatch import Plan, make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import varying_like
@@ -31,7 +33,8 @@ from dsv3_jax.parallel.collectives import varying_like
 Weights = tuple[Any, ...]  # gate and up [E, D, F], down [E, F, D]
 Histories = tuple[Any, ...]  # of delayed scaling, for each of the three; or None
 SHORTEST_BLOCK = 64
-IMPLEMENTATIONS = ("bucketed", "ragged_dot")
+KERNELS = get_args(PALLAS)  # dsv3_jax.kernels: scaled, quantise
+IMPLEMENTATIONS = ("bucketed", "ragged_dot", *KERNELS)
 
 
 class How(NamedTuple):
@@ -40,7 +43,7 @@ class How(NamedTuple):
     up: Products
     down: Products
     cache: Quantiser | None
-    implementation: str  # bucketed | ragged_dot
+    implementation: str  # one of IMPLEMENTATIONS
 
     @property
     def block(self) -> int:
@@ -76,6 +79,8 @@ def chosen_fp8_implementation(name: str, platform: str, recipe: Fp8Recipe) -> st
     """`name`, or what "auto" stands for on cpu, tpu or gpu."""
     if name != "auto":
         return name
+    if platform == "tpu" and recipe.in_kernels:
+        return "pallas_tpu"
     return "bucketed" if platform == "cpu" or recipe.accumulation != "float32" else "ragged_dot"
 
 
@@ -98,10 +103,11 @@ def fp8_routed_experts(
     assert config.fp8 is not None
     implementation = chosen_fp8_implementation(implementation, jax.default_backend(), config.fp8)
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: FP8 has {' and '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+        raise ValueError(f"implementation: FP8 has {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     if up.accumulation.fidelity != "float32" and implementation == "ragged_dot":
         raise ValueError(f"implementation: ragged_dot accumulates in float32, got fp8 with {up.accumulation}; take bucketed")
-    how = How(up, down, swiglu_cache(config), implementation)
+    by = implementation if implementation in KERNELS else "xla"
+    how = How(replace(up, implementation=by), replace(down, implementation=by), swiglu_cache(config), implementation)
     weights, histories = zip(*(parted(experts[name]) for name in ("gate_proj", "up_proj", "down_proj")), strict=True)
     inputs = x_ND, gates_NK, weights, histories
     plan = make_plan(indices_NK, weights[0].shape[0])
@@ -117,12 +123,16 @@ def _forward(x_ND: Array, gates_NK: Array, weights: Weights, histories: Historie
     before = tuple(map(largest, histories))
     rows = _rows(plan, how.block)
     grouped = partial(_grouped, rows=rows, how=how)
-    x = packed(quantise(x_ND, how.up.x, before[0].x), how.up.x)
+    x = packed(how.up.rounded(x_ND, how.up.x, before[0].x), how.up.x)
     gate, up, down = _rounded(weights, before, how)
     x_XD = _of_tokens(x, rows)
     g_XF, u_XF = (grouped(x_XD, weight, of=how.up) for weight in (gate, up))
-    a_XF = silu_times(g_XF, u_XF) * _gates(gates_NK, rows)
-    y_XD = grouped(quantise(a_XF, how.down.x, before[2].x), down, of=how.down)
+    gates_X1 = _gates(gates_NK, rows)
+    if how.down.in_kernels:
+        a_XF = swiglu_quantise(g_XF, u_XF, how.down.x, gates_X1[:, 0], implementation=how.implementation)
+    else:
+        a_XF = quantise(silu_times(g_XF, u_XF) * gates_X1, how.down.x, before[2].x)
+    y_XD = grouped(a_XF, down, of=how.down)
     kept = tuple(keep(v, how.cache) if how.cache else v.astype(x_ND.dtype) for v in (g_XF, u_XF))
     kept = remat.name(kept, remat.SWIGLU_INPUT)
     y_ND = _sum(y_XD, rows).astype(x_ND.dtype)
@@ -134,25 +144,26 @@ def _backward(how: How, saved: Any, dy_ND: Array) -> Any:
     x, gates_NK, weights, histories, amax_x, plan, kept = saved
     before = tuple(map(largest, histories))
     rows = _rows(plan, how.block)
-    grouped, outer = partial(_grouped, rows=rows, how=how), partial(_outer, rows=rows, how=how)
-    gate, up, down = (weight.T for weight in _rounded(weights, before, how))
+    grouped = partial(_grouped, rows=rows, how=how, transposed=True)
+    outer, of_up, of_down = partial(_outer, rows=rows, how=how), how.up, how.down
+    gate, up, down = _rounded(weights, before, how)
     gates_X1 = _gates(gates_NK, rows)
 
-    dy = quantise(dy_ND, how.down.gradient, before[2].gradient)
-    dy_XD = _of_tokens(packed(dy, how.down.gradient), rows)
+    dy = of_down.rounded(dy_ND, of_down.gradient, before[2].gradient)
+    dy_XD = _of_tokens(packed(dy, of_down.gradient), rows)
     h_XF, pull_back = jax.vjp(silu_times, *(v.astype(jnp.float32) for v in kept))
-    da_XF = grouped(dy_XD, down, of=how.down)
+    da_XF = grouped(dy_XD, down, of=of_down)
     dgates_X = jnp.sum(da_XF * h_XF, axis=1)
     dg_XF, du_XF = pull_back(da_XF * gates_X1)
-    dg, du = (quantise(d, how.up.gradient, b.gradient) for d, b in zip((dg_XF, du_XF), before[:2], strict=True))
-    dx_XD = grouped(dg, gate, of=how.up) + grouped(du, up, of=how.up)
+    dg, du = (of_up.rounded(d, of_up.gradient, b.gradient) for d, b in zip((dg_XF, du_XF), before[:2], strict=True))
+    dx_XD = grouped(dg, gate, of=of_up) + grouped(du, up, of=of_up)
 
-    x_wgrad = quantise(_of_tokens(x, rows).astype(jnp.float32), how.up.x_wgrad, before[0].x)
-    dg, du = (quantise(d, how.up.gradient_wgrad, b.gradient) for d, b in zip((dg_XF, du_XF), before[:2], strict=True))
-    dgate, dup = (outer(x_wgrad, d, of=how.up) for d in (dg, du))
+    x_wgrad = _along_rows(_of_tokens(x, rows), of_up, before[0].x)
+    dg, du = (of_up.rounded(d, of_up.gradient_wgrad, b.gradient) for d, b in zip((dg_XF, du_XF), before[:2], strict=True))
+    dgate, dup = (outer(x_wgrad, d, of=of_up) for d in (dg, du))
     a_XF = h_XF * gates_X1
-    dy_wgrad = quantise(dy_XD.astype(jnp.float32), how.down.gradient_wgrad, before[2].gradient)
-    ddown = outer(quantise(a_XF, how.down.x_wgrad, before[2].x), dy_wgrad, of=how.down)
+    dy_wgrad = of_down.rounded(dy_XD.astype(jnp.float32), of_down.gradient_wgrad, before[2].gradient)
+    ddown = outer(_along_rows(a_XF, of_down, before[2].x), dy_wgrad, of=of_down)
 
     dx_ND = _sum(dx_XD, rows).astype(dy_ND.dtype)
     dgates_NK = jnp.append(dgates_X, 0)[rows.row_NK]
@@ -193,9 +204,18 @@ def _sum(rows_XD: Array, rows: Rows) -> Array:
     return sum_rows(jnp.pad(rows_XD, ((0, 1), (0, 0))), rows.row_NK)
 
 
-def _grouped(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) -> Array:
-    """[X, I] times each row's own expert's of [E, I, O], float32."""
+def _along_rows(x: Any, of: Products, before: Array | None) -> Quantised:
+    """x [X, I] rounded in tiles along the rows; for kernels transposed, [I, X]."""
+    return of.rounded_transposed(x, of.x_wgrad) if of.in_kernels else quantise(x.astype(jnp.float32), of.x_wgrad, before)
+
+
+def _grouped(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How, transposed: bool = False) -> Array:
+    """[X, I] times each row's own expert's of [E, I, O], or `transposed` [E, O, I], float32."""
     accumulation = of.accumulation
+    if of.in_kernels:
+        options = {"dtype": jnp.float32, "implementation": of.implementation}
+        return grouped_scaled_product(a, b, rows.count_E, transposed=transposed, **options)
+    b = b.T if transposed else b
     if accumulation.fidelity == "float32":
         wide = a.astype(jnp.float32), b.astype(jnp.float32)
         if how.implementation == "ragged_dot":
@@ -212,7 +232,9 @@ def _grouped(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) 
 
 
 def _outer(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) -> Array:
-    """For each expert, the sum over its rows of [X, I]^T [X, O]: [E, I, O], float32."""
+    """For each expert, the sum over its rows of [X, I]^T [X, O]: [E, I, O], float32. `a` as `_along_rows` gives it."""
+    if of.in_kernels:
+        return grouped_scaled_outer(a, b, rows.count_E, dtype=jnp.float32, implementation=of.implementation)
     accumulation, n_experts = of.accumulation, rows.count_E.shape[0]
     if accumulation.fidelity == "float32":
         wide = a.astype(jnp.float32), b.astype(jnp.float32)

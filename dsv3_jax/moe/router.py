@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.fp8 import linear as fp8
+from dsv3_jax.fp8.linear import linear
 from dsv3_jax.fp8.precision import products
+from dsv3_jax.kernels.modes import chosen
 from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.kernels.router.call import GATE_EPS
 from dsv3_jax.parallel.collectives import varying_like
@@ -64,16 +65,16 @@ def route(
     x: Float[Array, "*batch D"], weight_DE: Float[Array, "D E"], bias_E: Float[Array, " E"], config: ModelConfig
 ) -> Routing:
     """Eqs. 12-16. The bias moves selection only: no gradient flows through it or through the choice."""
-    x, weight_DE, how = x.astype(jnp.float32), weight_DE.astype(jnp.float32), products(config, "gate")
-    if how is None:
+    x, weight_DE, fp8 = x.astype(jnp.float32), weight_DE.astype(jnp.float32), products(config, "gate")
+    if fp8 is None:
         logits = jnp.matmul(x, weight_DE, precision="highest", preferred_element_type=jnp.float32)
     else:  # not the report's: to see what it does
         x, weight_DE = varying_like((x, weight_DE), (x, weight_DE))
-        logits = fp8.linear(x, weight_DE, how)
+        logits = linear(x, weight_DE, fp8)
     logits = remat.name(logits, remat.ROUTER)
-    if config.router_implementation not in ("auto", "top_k"):
-        bias_E = varying_like(logits, bias_E)
-        choice = choose(logits, bias_E, config, implementation=config.router_implementation)
+    how = _implementation(config)
+    if how != "top_k":
+        choice = choose(logits, varying_like(logits, bias_E), config, implementation=how)
         return Routing(choice.indices, choice.gates, choice.scores, logits, choice.margin)
     scores = resolve("scoring_func", config.scoring_func, SCORE_FUNCTIONS)(logits)
     _require_like(logits, scores, "scoring_func", config.scoring_func)
@@ -85,6 +86,12 @@ def route(
     indices = order[..., :k]
     margin = values[..., k - 1] - values[..., k] if k < config.n_routed_experts else jnp.full(scores.shape[:-1], jnp.inf)
     return Routing(indices, gates(scores, indices, config), scores, logits, margin)
+
+
+def _implementation(config: ModelConfig) -> str:
+    """Of the choice. Somebody else's functions have no kernel: left to choose, they run without."""
+    name, builtin = config.router_implementation, config.scoring_func in SCORE_FUNCTIONS and config.topk_method in SELECTORS
+    return chosen(name, "top_k") if builtin or name != "auto" else "top_k"
 
 
 def check_router(config: ModelConfig) -> None:

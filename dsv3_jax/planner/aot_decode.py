@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import Config
 from dsv3_jax.inference import deploy
-from dsv3_jax.inference.attention import cache_dtype, cache_width
+from dsv3_jax.inference.attention import cache_dtype, cache_shape
 from dsv3_jax.inference.decode import extend, project
 from dsv3_jax.inference.mesh import ServingPlacement, serving_placement
 from dsv3_jax.inference.serving import Serving
@@ -52,10 +52,10 @@ def compile_decode(config: Config, target: Target, batch: Batch) -> tuple[Compil
     model = deploy.abstract(model_config, placement, jnp.dtype(model_config.compute_dtype))
     n_sequences = batch.requests * len(target.devices)
     along, whole = placement.sharding(PartitionSpec(placement.batch_axes)), placement.sharding(PartitionSpec())
-    cache_shape = (n_sequences, batch.context, cache_width(model_config))
+    shape = cache_shape(model_config, n_sequences, batch.context, target.platform)
     rows = tuple(
         jax.ShapeDtypeStruct(
-            (stack.n_layers, *cache_shape),
+            (stack.n_layers, *shape),
             cache_dtype(model_config, target.platform),
             sharding=placement.sharding(placement.batch_spec),
         )
@@ -86,8 +86,8 @@ def sections(config: Config, compiled: Compiled, model: Serving, batch: Batch) -
     attention = sum(_local_bytes(s.params["self_attn"]) for s in model.layers)
     tables = _local_bytes((model.embed_tokens, model.lm_head))
     layers = sum(_local_bytes(s.params) for s in model.layers)
-    width = cache_width(config.model) * jnp.dtype(config.model.compute_dtype).itemsize
-    cache = batch.requests * sizes[TENSOR] * batch.context * width * config.model.num_hidden_layers
+    shape = cache_shape(config.model, batch.requests * sizes[TENSOR], batch.context, compiled.target.platform)
+    cache = math.prod(shape) * jnp.dtype(config.model.compute_dtype).itemsize * config.model.num_hidden_layers
     slots = placement.n_slots(config.model)
     rows = [
         figure("devices", "devices", len(compiled.target.devices), "", "input"),

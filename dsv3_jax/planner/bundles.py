@@ -1,8 +1,8 @@
 """A compiled TPU kernel's final program, read bundle by bundle: what can be said of its speed without the hardware.
 
 libtpu writes the program's VLIW bundles as text, with the slots that each one uses, if it is asked to before it is loaded:
-`dump_flags`. A bundle takes a cycle unless it waits. A kernel is a loop over its grid with further loops inside; how often they
-run is for the kernel's author to say, and `cycles` then adds up.
+`dump_flags`. A bundle takes a cycle unless it waits. A kernel is a loop over its grid with further loops inside, and branches
+that are jumped over; how often they run is for the kernel's author to say, and `cycles` or `cycles_of_parts` then adds up.
 """
 
 import re
@@ -14,6 +14,9 @@ from typing import NamedTuple
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{\s*(\}?)")
 _FILE = re.compile(r"\d+-(.+?)(?:\.\d+)?-\d+-final_hlo-static-per-bundle-utilization\.txt")
 _WITHIN = re.compile(r"^(?:(?:jvp|transpose|vmap)_)+")  # what a kernel is called with in front of its name, if differentiated
+_JUMP = re.compile(r"\bsbr\.rel (?:\(!?%\w+\) )?target = \$region(\d+)")
+_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_LEAST = 56  # bundles of a branch that is worth counting apart
 SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
 
 
@@ -41,10 +44,19 @@ class Loop(NamedTuple):
         return self if busiest is self or own >= busiest.slots["MXU"] else busiest.innermost()
 
 
+class Part(NamedTuple):
+    """A loop of a grid step, or a branch in it that is jumped over, without the parts inside of it."""
+
+    kind: str  # loop | branch
+    own: int  # bundles
+
+
 class Program(NamedTuple):
     name: str
     capacity: dict[str, int]  # slots of a bundle
     body: Loop
+    step: int = 0  # bundles that every grid step runs: those of none of its parts
+    parts: tuple[Part, ...] = ()  # of a grid step, in order, each before those inside of it
 
     @property
     def grid(self) -> Loop:
@@ -63,7 +75,26 @@ class Program(NamedTuple):
         if len(trips) != len(loops):
             raise ValueError(f"{self.name}: expected trips of {len(loops)} loops, got {len(trips)}")
         inner = sum(n * loop.bundles for n, loop in zip(trips, loops, strict=True))
-        return self.body.own + steps * (self.grid.own + inner)
+        return float(self.body.own + steps * (self.grid.own + inner))
+
+    def cycles_of_parts(
+        self, steps: float | int, trips: Sequence[float | int], *, small: Sequence[int] = (), copies: bool = False
+    ) -> float:
+        """Bundles of a whole run, where `trips` says of each part how often a grid step runs it, on average.
+
+        `small`: which of them on some chips have too few bundles to be told apart, so that all steps have those. `copies`: some
+        chips have loops behind those parts, for copies of a few rows; they count once a step.
+        Raises ValueError if the kernel has another number of parts than `trips`.
+        """
+        if len(self.parts) == len(trips) - len(small):
+            trips = [n for i, n in enumerate(trips) if i not in small]
+        if copies:
+            trips = [*trips, *[1] * (len(self.parts) - len(trips))]
+        if len(trips) != len(self.parts):
+            kinds = ", ".join(f"{part.kind} of {part.own}" for part in self.parts)
+            raise ValueError(f"{self.name}: expected trips of {len(self.parts)} parts ({kinds}), got {len(trips)}")
+        parts = sum(n * part.own for n, part in zip(trips, self.parts, strict=True))
+        return float(self.body.own + steps * (self.step + parts))
 
 
 def dump_flags(folder: Path) -> str:
@@ -88,15 +119,53 @@ def program(name: str, utilisation: str, bundles: str) -> Program:
     slots = [column.strip() for column in lines[1].split(",")]
     used = [[int(n) for n in line.split()] for line in lines[3:] if re.fullmatch(r"\s*\d+(?: \d+)+\s*", line)]
     marks: list[tuple[str | None, int]] = []
+    jumps: list[tuple[int, str]] = []
+    regions: dict[str, int] = {}
     for line in bundles.splitlines():
         if match := _BUNDLE.match(line):
             empty = not match[2] and match[3] == "}"  # whose depth is not printed
             marks.append((match[1], marks[-1][1] if empty and marks else len(match[2])))
+        jumps += [(len(marks) - 1, region) for region in _JUMP.findall(line)]
+        for region in _REGION.findall(line):
+            regions.setdefault(region, len(marks) - 1)
     if len(marks) > len(used):
         raise ValueError(f"{name}: expected the slots of {len(marks)} bundles, got {len(used)}")
     capacity = dict(zip(slots, map(int, lines[2].split()), strict=True))
     counts = [Counter(dict(zip(slots, row, strict=True))) for row in used[: len(marks)]]
-    return Program(name, capacity, _loop(marks, counts, 0, len(marks), 0))
+    step, parts = _parts([(at, regions[region]) for at, region in jumps if region in regions])
+    return Program(name, capacity, _loop(marks, counts, 0, len(marks), 0), step, parts)
+
+
+def _parts(jumps: Sequence[tuple[int, int]]) -> tuple[int, tuple[Part, ...]]:
+    """From where each jump is and where it goes: what a grid step always runs, and its parts.
+
+    Jumps back end loops, of which the longest is the grid's; others leave out a branch. One around nearly nothing but loops or
+    other branches is none, nor is the longest, around most of a step: it leaves the step out where the grid fills or drains.
+    """
+    runs = [("loop", to, at + 1) for at, to in jumps if to <= at]
+    if not runs:
+        return 0, ()
+    grid = max(runs, key=lambda run: run[2] - run[1])
+    _, first, last = grid
+    branches = sorted((("branch", at + 1, to) for at, to in jumps if first <= at < to <= last), key=lambda run: run[1] - run[2])
+    whole = [run for run in branches[:1] if 2 * (run[2] - run[1]) > last - first]
+    runs = [run for run in runs if run != grid and first <= run[1] and run[2] <= last]
+    inside = sorted([*runs, *branches[len(whole) :]], key=lambda run: (run[1], run[1] - run[2]))
+
+    def own(run: tuple[str, int, int], others: Sequence[tuple[str, int, int]]) -> int:
+        left, at = run[2] - run[1], run[1]
+        for _, start, end in others:
+            if start >= at and end <= run[2]:
+                left, at = left - (end - start), end
+        return left
+
+    def within(run: tuple[str, int, int]) -> list[tuple[str, int, int]]:
+        return [other for other in inside if other != run and run[1] <= other[1] and other[2] <= run[2]]
+
+    for run in reversed(inside):  # from the innermost on
+        if run[0] == "branch" and own(run, within(run)) < _LEAST:
+            inside.remove(run)
+    return own(grid, inside), tuple(Part(run[0], own(run, within(run))) for run in inside)
 
 
 def _loop(marks: Sequence[tuple[str | None, int]], counts: Sequence[Counter[str]], start: int, end: int, depth: int) -> Loop:

@@ -7,12 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from experiments import bench_kernels
+from dsv3_jax.kernels.attention import pallas_tpu, pallas_tpu_backward
+from dsv3_jax.kernels.decode import pallas_tpu as decode_tpu
+from dsv3_jax.kernels.decode import plan
+from dsv3_jax.planner import bundles
+from experiments import _bench_attention, _bench_kernels, _bench_measure, _bench_roofline, bench_kernels
 
 ROOT = Path(__file__).parent.parent.parent
-LIBTPU = ROOT / ".venv" / "aot"  # where `make test-slow` puts it
+LIBTPU, CUDA = (ROOT / ".venv" / name for name in ("aot", "aot-gpu"))  # where `make test-slow` puts them
 
 
 def line(kernel, peer, cycles, chip="v5p"):
@@ -33,17 +38,171 @@ def test_the_best_peer_is_set_beside_each_of_ours():
     ]
 
 
-def run(*arguments):
-    path = os.pathsep.join([str(LIBTPU), *filter(None, [os.environ.get("PYTHONPATH")])])
+def test_shapes_are_not_mixed_up():
+    lines = [line("a", None, 100) | {"shape": "4096"}, line("a", "s", 90) | {"shape": "32768"}]
+    assert bench_kernels.ratios(lines) == []
+
+
+@pytest.mark.parametrize("length", [512, 1024, 2048])
+def test_attention_s_tiles_are_those_that_a_query_sees(length):
+    blocks = pallas_tpu.Blocks(queries=256, keys=512, tile=128, height=128)
+    heads, side = 4, 512
+    cost = _bench_attention.forward_cost(length, blocks, heads)
+    n_q, n_k = length // 256, length // side
+    assert cost.steps == heads * n_q * n_k and cost.least_flops == heads * length * (length + 1) // 2 * 640
+    whole, some, pairs = 0, [0, 0], 0
+    for i in range(n_q):
+        for t in range(length // 128):  # a tile of keys: seen by all queries of the block, or by some of its halves
+            if (t + 1) * 128 - 1 <= i * 256:
+                whole, pairs = whole + 1, pairs + 256 * 128
+                continue
+            for half in range(2):
+                if t * 128 <= i * 256 + half * 128 + 127:
+                    some[half], pairs = some[half] + 1, pairs + 128 * 128
+    counts = [whole, *some] if n_k == 1 else [n_q, whole, *some, n_q]
+    assert [round(n * n_q * n_k, 6) for n in cost.trips] == counts
+    assert cost.flops == heads * pairs * 640
+    fetched, before = 0, None
+    for h in range(heads):
+        for i in range(n_q):
+            for j in range(n_k):
+                at = h, min(j, (i * 256 + 255) // side)
+                fetched, before = fetched + (at != before), at
+    rope, once = fetched, heads * length * (2 * (128 + 64 + 128) + 4)
+    if n_k == 1:
+        rope = 1
+    elif n_k > 1:  # the rotary key's blocks are not a head's: from one head's last to the next one's first nothing stays
+        assert (length - 1) // side != 0
+    assert cost.bytes == once + fetched * side * 2 * 256 + rope * side * 2 * 64
+
+
+@pytest.mark.parametrize("heads", [3, 4])
+@pytest.mark.parametrize("length", [512, 1024])
+def test_attention_s_backward_tiles_are_those_that_a_query_sees(length, heads):
+    cost = _bench_attention.backward_cost(length, pallas_tpu_backward.Blocks(block=256, tile=128, span=4096), heads)
+    n, tiles = length // 256, length // 128
+    seen = sum(q >= k for q in range(tiles) for k in range(tiles))
+    assert cost.steps == heads * n * n and cost.trips[4] == seen / n**2 and cost.trips[3] == 2 * (n * (n + 1) // 2) / n**2
+    assert cost.flops == heads * seen * 128 * 128 * 1664
+    assert cost.flops / cost.least_flops == pytest.approx((tiles + 1) / (tiles + 1 / 128), rel=1e-6)
+    assert cost.least_bytes < cost.bytes
+    with pytest.raises(ValueError, match="expected several blocks of 128 in a span of 4096, got 128"):
+        _bench_attention.backward_cost(128, pallas_tpu_backward.Blocks(span=4096), heads)
+
+
+def test_a_peer_s_blocks_below_the_diagonal_run():
+    cost = _bench_attention.splash_cost(4096, (1024, 512, 512), _bench_attention.FORWARD, keys_outside=False)
+    runs = sum(any(k <= q for k in (512 * j,) for q in (1024 * i + 1023,)) for i in range(4) for j in range(8))
+    assert runs == 2 + 4 + 6 + 8 and cost.steps == 128 * 32 and cost.trips == (1 / 8, 20 / 32, 1 / 8)
+    assert cost.flops == 128 * 20 * 1024 * 512 * 640
+    assert _bench_attention.splash_cost(4096, (1024, 512, 512), 1, keys_outside=True).trips[0] == 1 / 4
+
+
+def test_decode_s_trips_are_those_of_its_list():
+    # Blocks of 256 rows of which 128 are an iteration, copied in pieces of 64, two ahead: lengths of one and a half blocks, of
+    # two whole ones, and of none.
+    problem = plan.Problem((384, 512, 0, 64), 1, 4, 576, 512, 64, 8)
+    blocks = decode_tpu.Blocks(256, 128, 256, 128, depth=3)
+    steps, trips = plan.trips(problem, blocks)
+    left = [[256, 128, 256, 256], [0, 64]]  # of each core's entries: whole parts, about half of them
+    entries = sum(map(len, left))
+    pieces = [[-(-n // 64) for n in core] for core in left]
+    assert steps == 2 * max(map(len, left))
+    counts = [round(n * steps, 6) for n in trips]
+    ahead = [divmod(sum(core[place] for core in pieces), 8) for place in range(2)]
+    assert counts[0] == 2 and [counts[2], counts[4]] == [ahead[0][1], ahead[1][1]] and counts[5] == entries
+    assert counts[7] == pieces[0][2] + pieces[0][3] and counts[9] == sum(map(sum, pieces)) and counts[6] == counts[8] == 0
+    assert counts[10:] == [4, 3, 1 + 1, 1, 4]
+
+
+def test_the_bytes_of_decode_quantise_and_router_are_near_the_least():
+    found = [*_bench_kernels._decode("TPU v5", 4096), _bench_kernels._router(), *_bench_kernels.quantisers("pallas_tpu")]
+    for case in found:
+        assert 1 <= case.cost.bytes / case.cost.least_bytes <= 1.25, case.kernel
+
+
+def test_vmem_is_scratch_and_two_of_each_block():
+    (case,) = (case for case in _bench_kernels.quantisers("pallas_tpu:interpret") if case.kernel == "quantise_1x128")
+    jaxpr = jax.make_jaxpr(case.run)(*case.operands).jaxpr
+    assert _bench_roofline.vmem_bytes(jaxpr, "quantise") == 2 * (128 * 7168 * (2 + 1) + 128 * 56 * 4)
+    assert _bench_roofline.vmem_bytes(jaxpr, "other") == _bench_roofline.vmem_bytes(jaxpr, "quantise")  # the only one there is
+    empty = jax.make_jaxpr(lambda: 1)().jaxpr
+    with pytest.raises(ValueError, match="expected a kernel other in the program, found none"):
+        _bench_roofline.vmem_bytes(empty, "other")
+
+
+def test_a_gpu_s_rows_have_its_tensor_cores():
+    good = {"kernel": "a", "shape": "1x1", "entry": "k", "registers": 255, "tensor_instructions": {"HGMMA": 2}}
+    rows = bench_kernels.gpu_table([good, {"kernel": "b", "shape": "1x1", "failed": "no"}]).splitlines()
+    assert rows[1].split() == ["a", "1x1", "k", "255", "-", "-", "-", "2", "HGMMA"] and rows[2].split()[-1] == "failed"
+    assert max(map(len, rows)) <= 121
+
+
+def test_measuring_runs_each_kernel_and_its_peer():
+    sizes = _bench_measure.Sizes(rows=256, hidden=256, width=128, experts=2, heads=2, length=128, batch=2)
+    with jax.numpy_dtype_promotion("standard"):  # on which JAX's own attention counts
+        found = list(_bench_measure.lines("reference", sizes, [], pairs=2))
+    assert [line["kernel"] for line in found] == [
+        *("grouped_up", "attention", "attention_backward", "decode", "quantise_1x128", "quantise_128x128", "router")
+    ]
+    for each in found:
+        assert "failed" not in each and each["device"] == jax.devices()[0].device_kind and each["peer_over_ours"] > 0
+        assert each["share_of_roofline"] is None  # of a CPU no peak is known
+
+
+def test_the_share_of_the_roofline_is_of_the_slower_of_compute_and_memory(monkeypatch):
+    monkeypatch.setattr(_bench_measure.time, "perf_counter", iter([0.0, 2.0, 2.0, 3.0, 3.0, 5.0, 5.0, 9.0]).__next__)
+    case = _bench_measure.Case("k", "p", lambda x: x, lambda x: x, (jax.numpy.zeros(1),), 40, 100)
+    found = _bench_measure.measure(case, 2, (40.0, 100.0))
+    assert (found["us"], found["peer_us"], found["peer_over_ours"], found["share_of_roofline"]) == (2e6, 2.5e6, 1.25, 0.5)
+    assert _bench_measure.peaks("NVIDIA H100 80GB HBM3") == (989e12, 3352e9) and _bench_measure.peaks("cpu") is None
+
+
+def test_attention_s_peer_computes_the_same():
+    sizes = _bench_measure.Sizes(rows=8, hidden=8, width=8, experts=1, heads=2, length=64, batch=1)
+    case = next(case for case in _bench_measure.cases("reference", sizes) if case.kernel == "attention")
+    with jax.numpy_dtype_promotion("standard"):
+        ours, theirs = (run(*case.operands).astype("float32") for run in (case.ours, case.theirs))
+    assert abs(ours - theirs).max() < 0.03  # bfloat16's rounding of numbers below 4
+
+
+def test_a_line_has_cycles_beside_the_roofline_s():
+    loop = bundles.Loop(100, bundles.Counter({"MXU": 200, "VSTORE:SPILL": 3, "VLOAD:FILL": 4}), ())
+    body = bundles.Loop(150, loop.slots, (loop,))
+    program = bundles.Program("kernel", {"MXU": 4}, body, 40, (bundles.Part("loop", 60),))
+    peak = _bench_roofline.peak_of(1e3, 2e12, 1e12, cores=2)  # of 2 GHz
+    assert (peak.bytes, peak.ghz) == (500, 2) and peak.roofline(4e6, 1e3) == 2e3 and peak.roofline(1e3, 4e6) == 4e3
+    cost = _bench_kernels.Cost(10, (5,), 3000, 2000, 1_100_000, 1_000_000)
+    case = _bench_kernels.Case("k", "k", "1x1", lambda: None, (), cost, (8,), parts=True)
+    found = bench_kernels.measured(program, 2**20, case, peak)
+    cycles = 50 + 10 * (40 + 5 * 60)
+    assert found["cycles"] == cycles / 2 and found["roofline_cycles"] == 500 and found["vmem_mib"] == 1
+    assert (found["spill_stores"], found["spill_loads"], found["mxu_slots"]) == (3, 4, 0.5)
+    assert found["share_of_roofline"] == round(1000 / cycles, 3) and found["cycles_per_gflop"] == cycles * 1e3
+    assert (found["bytes_over_least"], found["flops_over_least"]) == (1.5, 1.1)
+    rows = bench_kernels.table([found | {"kernel": "k", "chip": "v5p", "shape": "1x1"}]).splitlines()
+    assert len(rows) == 2 and max(map(len, rows)) <= 110 and rows[1].split()[:4] == ["k", "1x1", "v5p", "0.5"]
+
+
+def run(*arguments, **variables):
+    gpu = "--chips=h100" in arguments
+    path = os.pathsep.join([str(CUDA if gpu else LIBTPU), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "experiments.bench_kernels", *arguments]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path, **variables}, capture_output=True, text=True, timeout=900
+    )
 
 
 def test_an_unknown_chip_is_one_line():
     found = run("--chips=v9")
     assert found.returncode == 2 and found.stderr.splitlines() == [
-        "error: --chips: expected some of v5e, v5p, v6e, tpu7x, got 'v9'"
+        "error: --chips: expected some of v5e, v5p, v6e, tpu7x, h100, got 'v9'"
     ]
+
+
+def test_measuring_without_an_accelerator_is_one_line():
+    found = run("--measure", JAX_PLATFORMS="cpu")
+    assert found.returncode == 2 and found.stderr.splitlines() == ["error: --measure: expected a TPU or a GPU, got cpu alone"]
 
 
 @pytest.mark.slow
@@ -52,14 +211,34 @@ def test_an_unknown_chip_is_one_line():
 def test_every_kernel_compiles_at_the_shapes_of_v3(chip):
     found = run(f"--chips={chip}", "--nopeers")
     assert found.returncode == 0, found.stderr
-    lines = [json.loads(text) for text in found.stdout.splitlines()]
+    lines = [line for line in map(json.loads, found.stdout.splitlines()) if "kernel" in line]
     assert not [line for line in lines if "failed" in line]
     assert {line["kernel"] for line in lines} == {
         *("grouped_up", "grouped_down", "grouped_up_transposed", "grouped_down_transposed", "grouped_swiglu", "grouped_outer"),
         *("attention", "attention_backward", "decode", "decode_paged", "router"),
         *("quantise_1x128", "quantise_128x1", "quantise_128x128", "quantise_swiglu", "requantise_transposed"),
+        *("fp8_up", "fp8_up_transposed", "fp8_outer", "fp8_dense"),
     }
     for line in lines:
-        assert line["bundles"] > 0 and line["spills"] >= 0
+        assert line["bundles"] > 0 and line["spills"] == line["spill_stores"] + line["spill_loads"]
+        assert 0 < line["vmem_mib"] < 128
+        if not line["kernel"].startswith("fp8"):
+            assert line["cycles"] > 0 and 0 < line["share_of_roofline"] < 1.5
+        if line["kernel"].startswith(("decode", "quantise", "router")):
+            assert line["bytes_over_least"] <= 1.25
     for line in (line for line in lines if line["kernel"].startswith("grouped")):
         assert line["cycles_per_gflop"] > 0 and line["mxu_slots"] > 0.4 and 1 <= line["flops_over_least"] < 1.25
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CUDA.is_dir(), reason="the CUDA plugin is not installed")
+def test_every_gpu_kernel_is_assembled_for_sm_90_at_the_shapes_of_v3():
+    found = run("--chips=h100", JAX_PLATFORMS="cpu")
+    assert found.returncode == 0, found.stderr
+    lines = [line for line in map(json.loads, found.stdout.splitlines()) if "kernel" in line]
+    assert not [line for line in lines if "failed" in line]
+    for line in lines:
+        assert line["spill_stores"] == line["spill_loads"] == 0 and line["registers"] <= 255
+        if not line["kernel"].startswith(("router", "quantise", "requantise")):
+            assert "HGMMA" in line["tensor_instructions"]
+    assert {line["kernel"] for line in lines} >= {"grouped_swiglu", "attention_backward", "decode_paged", "fp8_outer", "router"}

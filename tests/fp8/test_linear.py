@@ -50,7 +50,8 @@ run = quick_jit(forward_and_gradients, static_argnums=3)
 @partial(quick_jit, static_argnums=3)
 def three_products(x, weight, dy, how):
     """Every operand rounded once."""
-    return fprop(quantise(x, how.x), weight, how), dgrad(dy, weight, how), wgrad(x, dy, how)
+    float32 = jnp.float32
+    return fprop(quantise(x, how.x), weight, how, float32), dgrad(dy, weight, how, float32), wgrad(x, dy, how, float32)
 
 
 # DeepGEMM's shapes, a sixteenth of each side
@@ -71,6 +72,10 @@ WAYS = {
     "powers of two": powers(48),
     "whole": recipe(WHOLE, x=Quantiser(tile=(WHOLE, WHOLE)), x_wgrad=Quantiser(tile=(WHOLE, WHOLE))),
     "gradient in e5m2": recipe(gradient=Quantiser(E5M2), gradient_wgrad=Quantiser(E5M2, (128, 1))),
+    "kernels, gpu": recipe(implementation="pallas_gpu:interpret"),
+    "kernels, tpu, gradient in e5m2": recipe(
+        gradient=Quantiser(E5M2), gradient_wgrad=Quantiser(E5M2, (128, 1)), implementation="pallas_tpu:interpret"
+    ),
     "gradient in blocks": recipe(gradient=Quantiser(tile=(128, 128)), gradient_wgrad=Quantiser(tile=(128, 128))),
 }
 every_way = pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)

@@ -1,6 +1,7 @@
 """Attention over the cache equals attention over the whole sequence, of every kind, absorbed or not, wherever it begins."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -189,3 +190,35 @@ def test_a_fault_of_rotation_or_scale_shows_in_the_absorbed_step(fault, monkeypa
     out, _ = program.__wrapped__("mla", True)(part(x_BTD, start_B, 1).astype(np.float32), rows, start_B)
     wrong = np.abs(np.asarray(out) - part(expected, start_B, 1)).max()
     assert wrong < TOLERANCE if fault is None else wrong > 1e-3
+
+
+@pytest.mark.parametrize("how", ["pallas_tpu:interpret", "pallas_gpu:interpret"])
+@pytest.mark.parametrize("length", [1, CHUNK])
+def test_the_kernel_sees_of_a_stack_s_caches_one_layer_s_rows_and_of_them_what_is_written(how, length):
+    """Wider rows than the model's, as TPUs have them; other layers and what lies beyond are garbage."""
+    config = replace(model("mla").config, decode_implementation=how)
+    params = model("mla").model.layers[0][0]["self_attn"]
+    x_BTD, expected = whole("mla")
+    start_B, width = np.array([3, SIZE - length], np.int32), cache_width(config)
+    stack = np.full((3, BATCH, SIZE, width + 8), GARBAGE, np.float32)
+    stack[1, :, :, :width] = np.where(np.arange(SIZE)[None, :, None] < start_B[:, None, None], filled("mla")[0], GARBAGE)
+
+    @jax.jit
+    def run(x, rows, start_B):
+        tables = rope.rope_tables(start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :], config)
+        return cached_attention(params, x, rows, start_B, tables, config, absorbed=True, layer=jnp.int32(1))
+
+    out, new_rows = run(part(x_BTD, start_B, length).astype(np.float32), stack, start_B)
+    np.testing.assert_allclose(out, part(expected, start_B, length), atol=TOLERANCE)
+    assert np.all(np.asarray(new_rows)[[0, 2]] == np.float32(GARBAGE))
+
+
+def test_a_kernel_s_cache_has_whole_tiles_of_a_tpu_s_memory():
+    assert attention.cache_shape(ModelConfig(), 2, 100, "tpu") == (2, 112, 640)
+    assert (
+        attention.cache_shape(ModelConfig(), 2, 100, "gpu")
+        == attention.cache_shape(ModelConfig(), 2, 100, "cpu")
+        == (2, 100, 576)
+    )
+    assert attention.cache_shape(ModelConfig(decode_implementation="views"), 2, 100, "tpu") == (2, 100, 576)
+    assert attention.cache_shape(ModelConfig(attention="mqa"), 2, 100, "tpu") == (2, 100, 192 + 128)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dsv3_jax.kernels.decode import pallas_gpu, pallas_tpu
 from dsv3_jax.kernels.decode.api import decode_attention, paged_decode_attention
@@ -198,6 +198,26 @@ def test_devices_with_a_part_of_the_rows_each_give_the_result_of_all():
     run = jax.shard_map(one, mesh=mesh, in_specs=(PartitionSpec(), spec, PartitionSpec()), out_specs=PartitionSpec())
     own = jax.device_put(rows, NamedSharding(mesh, spec))
     check_close(jax.jit(run)(q, own, jnp.asarray(lengths)), q, rows, lengths, 16, FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_on_a_mesh_results_vary_as_queries_and_rows_do_and_interpreters_are_refused(implementation):
+    mesh = jax.make_mesh((2, 2), ("sequence", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    q, rows, lengths = jnp.ones((2, 1, 8, 32), BFLOAT16), jnp.ones((2, 64, 32), BFLOAT16), jnp.ones(2, jnp.int32)
+
+    def traced(how):
+        def one(q, rows, lengths):
+            found = decode_attention(q, rows, lengths, latent=16, scale=1.0, implementation=how)
+            assert all(jax.typeof(x).manual_axis_type.varying == {"sequence", "tensor"} for x in found)
+            return tuple(x[None] for x in found)
+
+        specs = PartitionSpec(None, None, "tensor"), PartitionSpec(None, "sequence"), PartitionSpec()
+        run = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("sequence", None, None, "tensor"))
+        return jax.eval_shape(run, q, rows, lengths)
+
+    assert traced(implementation)[0].shape == (2, 2, 1, 8, 16)
+    with pytest.raises(ValueError, match="implementation: expected one that is compiled on a mesh"):
+        traced(implementation + ":interpret")
 
 
 def test_parts_that_saw_nothing_add_nothing_whatever_they_hold():

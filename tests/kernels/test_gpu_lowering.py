@@ -12,6 +12,7 @@ from dsv3_jax.kernels.decode.api import paged_decode_attention
 from dsv3_jax.kernels.grouped.api import grouped_swiglu
 from dsv3_jax.kernels.quantise.api import quantise, swiglu_quantise
 from dsv3_jax.kernels.router.api import choose
+from dsv3_jax.kernels.scaled.api import grouped_scaled_outer, grouped_scaled_product
 from dsv3_jax.presets import preset
 
 H100 = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
@@ -53,6 +54,14 @@ def swiglu(g, u):
     return swiglu_quantise(g, u, Quantiser(), implementation=GPU)
 
 
+def fp8(x, w, dy, count):
+    how = {"dtype": jnp.bfloat16, "implementation": GPU}
+    x_rows, x_columns = (quantise(x, Quantiser(tile=tile), implementation=GPU) for tile in ((1, 128), (128, 1)))
+    weights = quantise(w, Quantiser(tile=(128, 128)), implementation=GPU)
+    y = grouped_scaled_product(x_rows, weights, count, **how)
+    return y, grouped_scaled_outer(x_columns.T, quantise(dy, Quantiser(tile=(128, 1)), implementation=GPU), count, **how)
+
+
 WEIGHT = array(8, 7168, 2048)
 HEADS = array(1, 128, 4096, 128)
 ROWS, COUNTS = array(32768, 7168), array(8, dtype=jnp.int32)
@@ -67,6 +76,7 @@ CASES = {
     ),
     "router": (router, [array(4096, 256, dtype=jnp.float32), array(256, dtype=jnp.float32)], 1),
     "quantise": (tiles, [ROWS], 2),
+    "fp8": (fp8, [ROWS, WEIGHT, array(32768, 2048), COUNTS], 6),
     "swiglu": (swiglu, [array(32768, 2048), array(32768, 2048)], 1),
 }
 

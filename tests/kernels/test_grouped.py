@@ -24,7 +24,7 @@ SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
 def small_blocks(monkeypatch):
     """Several blocks along every side already of small operands."""
     monkeypatch.setattr(pallas_tpu, "V5P", SMALL_TPU)
-    monkeypatch.setattr(pallas_tpu, "V5P_TRANSPOSED", SMALL_TPU)
+    monkeypatch.setattr(pallas_tpu, "WIDE", SMALL_TPU)
     monkeypatch.setattr(pallas_tpu, "V5P_OUTER", SMALL_TPU)
     monkeypatch.setattr(pallas_gpu, "PRODUCTS", {1: SMALL_GPU, 2: SMALL_GPU})
     monkeypatch.setattr(pallas_gpu, "OUTER", SMALL_GPU)

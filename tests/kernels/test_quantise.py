@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
 
 from dsv3_jax.fp8.formats import E4M3, E5M2, E5M6
 from dsv3_jax.fp8.quantize import WHOLE, Quantiser
@@ -216,6 +217,28 @@ def test_each_byte_moves_once(monkeypatch):
     inputs = shaped(E4M3.dtype, 1, rows, side), shaped(jnp.float32, 1, rows, side // 128)
     least = rows * side * (1 + 1 + 8 / 128)
     assert least < pallas_tpu.bytes_moved(inputs, Quantiser(tile=(128, 1)), transposed=True) < 1.25 * least
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_on_a_mesh_results_vary_as_operands_do_and_interpreters_are_refused(implementation):
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
+
+    def traced(how):
+        def one(x):
+            tiles = quantise(x, Quantiser(), implementation=how)
+            product = swiglu_quantise(x, x, Quantiser(), implementation=how)
+            turned = requantise_transposed(tiles, Quantiser(tile=(128, 1)), implementation=how)
+            arrays = jax.tree.leaves((tiles, product, turned))
+            assert len(arrays) == 6 and all(jax.typeof(v).manual_axis_type.varying == {"rows"} for v in arrays)
+            return arrays[:2]
+
+        run = jax.shard_map(one, mesh=mesh, in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"))
+        return jax.eval_shape(run, jnp.ones((256, 384)))
+
+    values, scales = traced(implementation)
+    assert values.shape == (256, 384) and scales.shape == (256, 3)
+    with pytest.raises(ValueError, match="implementation: expected one that is compiled on a mesh"):
+        traced(implementation + ":interpret")
 
 
 @pytest.mark.parametrize(

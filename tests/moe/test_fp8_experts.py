@@ -16,7 +16,7 @@ from dsv3_jax.fp8.formats import E4M3, rounded
 from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised, quantise
 from dsv3_jax.moe.dispatch import make_plan
-from dsv3_jax.moe.fp8_experts import How, _grouped, _outer, _rows, fp8_routed_experts
+from dsv3_jax.moe.fp8_experts import How, _grouped, _outer, _rows, chosen_fp8_implementation, fp8_routed_experts
 from dsv3_jax.presets import preset
 from oracles import numpy_fp8
 from oracles.compiling import quick_jit
@@ -171,6 +171,31 @@ def test_values_and_gradients_match_float64_in_every_recipe_and_both_implementat
     expected = oracle(*case, config)
     for implementation in IMPLEMENTATIONS:
         check(value_and_gradients(*case, config=config, implementation=implementation), expected)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "implementation"),
+    [
+        ("report", "pallas_tpu:interpret"),
+        *(pytest.param(recipe, f"pallas_{chip}:interpret", marks=pytest.mark.slow)
+          for recipe, chip in (("report", "gpu"), ("e5m2_gradients_wide_cache", "tpu"), ("e5m2_gradients_wide_cache", "gpu"))),
+    ],
+)  # fmt: skip
+def test_kernels_match_float64(recipe, implementation):
+    """An expert with more rows than a tile has, one with none, and choices of none."""
+    config, case = RECIPES[recipe], inputs(np.concatenate([loads(150, 7, 0, 20), np.full((9, 1), 4)]), 4, hidden=140)
+    check(value_and_gradients(*case, config=config, implementation=implementation), oracle(*case, config))
+
+
+def test_kernels_are_the_default_on_tpu_where_they_have_the_recipe():
+    for recipe, expected in (
+        ({}, "pallas_tpu"),
+        ({"scaling": "tensor"}, "ragged_dot"),
+        ({"accumulation": "promoted"}, "bucketed"),
+    ):
+        assert chosen_fp8_implementation("auto", "tpu", Fp8Recipe(**recipe)) == expected
+    with pytest.raises(ValueError, match="experts_implementation: kernels have FP8 with tile=128"):
+        replace(configured(tile=32), experts_implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize("config", TENSOR_CORE.values(), ids=TENSOR_CORE)

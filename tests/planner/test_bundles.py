@@ -56,6 +56,30 @@ def test_cycles_are_bundles_times_trips():
         program.cycles(10, (5,))
 
 
+def test_branches_and_loops_are_the_parts_of_a_step():
+    # A grid of 900 bundles whose step, 20 to 880, is jumped over at its end: a branch of 100 with a loop of 40, a guard around
+    # a loop of 200, and one that is too small to be counted.
+    loops = [(899, 0), (89, 50), (449, 250)]
+    branches = [(19, 880), (29, 130), (245, 455), (600, 620)]
+    step, parts = bundles._parts([*branches, *loops])
+    assert parts == (("branch", 60), ("loop", 40), ("loop", 200)) and step == 900 - 100 - 200
+    program = bundles.program("kernel", used(mxu=[3]), BUNDLES)._replace(step=step, parts=parts)
+    program = program._replace(parts=tuple(bundles.Part(*part) for part in parts))
+    assert program.cycles_of_parts(10, (0.5, 2, 3)) == 3 + 10 * (600 + 0.5 * 60 + 2 * 40 + 3 * 200)
+    with pytest.raises(ValueError, match=r"kernel: expected trips of 3 parts \(branch of 60, loop of 40, loop of 200\), got 1"):
+        program.cycles_of_parts(10, (1,))
+    assert program.cycles_of_parts(10, (0.5, 9, 2, 3), small=(1,)) == program.cycles_of_parts(10, (0.5, 2, 3), small=(1,))
+    assert program.cycles_of_parts(10, (0.5, 2), copies=True) == program.cycles_of_parts(10, (0.5, 2, 1))
+
+
+def test_jumps_are_read_from_the_bundles_comments():
+    text = BUNDLES.replace("/* core id */", "/* core id */ /* Start region 9 */")
+    text = text.replace("[#allocation8], 1 }", "[#allocation8], 1 } /* x :: Start/End empty region 4 */")
+    text = text.replace("{ %s4 = smov 0 }", "{ %7 = sbr.rel (!%p9) target = $region9 }")
+    program = bundles.program("kernel", used(), text)
+    assert (program.step, program.parts) == (8, ())  # from the first bundle to the jump back
+
+
 def test_the_files_of_a_kernel_are_the_last_of_its_name(tmp_path):
     for stamp, name, text in ((1, "kernel.1", ""), (2, "transpose_jvp_kernel__.2", BUNDLES), (3, "kernel_b.1", "")):
         (tmp_path / f"{stamp}-{name}-00-final_hlo-static-per-bundle-utilization.txt").write_text(used(mxu=[3]))

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands, cost_of, rows_of_segments
-from dsv3_jax.kernels.modes import result
+from dsv3_jax.kernels.modes import chip, result
 from dsv3_jax.kernels.tiles import LANES, MIB, dot, padded, up
 
 
@@ -29,16 +29,18 @@ class Blocks(NamedTuple):
     height: int = 512
     chunk: int = 32
     vmem_mib: int = 48
+    columns: int = LANES  # keys of one product
 
 
 BLOCKS = Blocks()
+BLOCKS_OF_CHIP = dict.fromkeys(("TPU v6 lite", "TPU7x"), Blocks(columns=256))  # as wide as their matrix units
 
 
 def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None) -> tuple[jax.Array, jax.Array]:
     """As `call.Forward`."""
     q, q_rope, k, k_rope, v, segments_BS, scale = operands
     (B, H, T, C), (S, W), R = q.shape, v.shape[2:], q_rope.shape[3]
-    blocks = blocks or BLOCKS
+    blocks = blocks or BLOCKS_OF_CHIP.get(chip(), BLOCKS)
     block_T, tile = (min(size, up(side, LANES)) for size, side in ((blocks.queries, T), (blocks.tile, S)))
     block_S = min(blocks.keys, up(S, tile))
     height = min(blocks.height, block_T)
@@ -66,9 +68,10 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
             """Keys of tile t to `height` queries from `top` on; on the diagonal not every query sees each of the keys."""
             of_rows, of_tile = slice(top, top + height), pl.ds(pl.multiple_of(t * tile, tile), tile)
             queries = beside(q[of_rows, :], q_rope[of_rows, :])
-            for part in range(0, tile, LANES):
-                at = pl.ds(pl.multiple_of(t * tile + part, LANES), LANES)
-                scores[of_rows, part : part + LANES] = dot(queries, beside(k[at, :], k_rope[at, :]), 1, 1)
+            for part in range(0, tile, blocks.columns):
+                size = min(blocks.columns, tile - part)
+                at = pl.ds(pl.multiple_of(t * tile + part, LANES), size)
+                scores[of_rows, part : part + size] = dot(queries, beside(k[at, :], k_rope[at, :]), 1, 1)
             for row in range(top, top + height, blocks.chunk):
                 at, shape, seen = slice(row, row + blocks.chunk), (blocks.chunk, tile), []
                 if diagonal:

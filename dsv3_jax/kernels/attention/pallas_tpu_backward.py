@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.attention.call import LOG2E, Operands, cost_of, rows_of_segments
 from dsv3_jax.kernels.attention.pallas_tpu import beside, wide
-from dsv3_jax.kernels.modes import result
+from dsv3_jax.kernels.modes import chip, result
 from dsv3_jax.kernels.tiles import LANES, MIB, dot, padded, up
 
 
@@ -30,9 +30,11 @@ class Blocks(NamedTuple):
     chunk: int = 32
     span: int = 32768
     vmem_mib: int = 60
+    columns: int = LANES  # queries of one product
 
 
 BLOCKS = Blocks()
+BLOCKS_OF_CHIP = dict.fromkeys(("TPU v6 lite", "TPU7x"), Blocks(columns=256))  # as wide as their matrix units
 
 
 def backward(
@@ -47,7 +49,7 @@ def backward(
     """As `call.Backward`."""
     q, q_rope, k, k_rope, v, segments_BS, scale = operands
     (B, H, T, C), (S, W), R = q.shape, v.shape[2:], q_rope.shape[3]
-    blocks = blocks or BLOCKS
+    blocks = blocks or BLOCKS_OF_CHIP.get(chip(), BLOCKS)
     if T > blocks.span:
         return _in_spans(operands, lse_BHT, delta_BHT, d_out_BHTW, interpret, blocks)
     tile = min(blocks.tile, up(S, LANES))
@@ -94,8 +96,9 @@ def backward(
             of_q_all = pl.ds(pl.multiple_of(i * block + b * tile, tile), tile)
             of_k, of_q = (pl.ds(pl.multiple_of(n * tile, tile), tile) for n in (keys, b))
             keys_ = beside(k[of_k, :], k_rope[of_k, :])
-            for part in range(0, tile, LANES):
-                at, to = pl.ds(pl.multiple_of(b * tile + part, LANES), LANES), slice(part, part + LANES)
+            for part in range(0, tile, blocks.columns):
+                size = min(blocks.columns, tile - part)
+                at, to = pl.ds(pl.multiple_of(b * tile + part, LANES), size), slice(part, part + size)
                 scores[:, to] = dot(keys_, beside(q[at, :], q_rope[at, :]), 1, 1)
                 d_weights[:, to] = dot(v[of_k, :], d_out[at, :], 1, 1)
             for first in range(0, tile, blocks.chunk):

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from dsv3_jax.kernels.decode.work import runs
+from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.tiles import dot
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -66,6 +67,7 @@ def attend(
     n_padded = n + rows_of_q
     first_BX, end_BX = runs(jnp.clip(length_B, 0, most), blocks.rows, splits)
     to_base_2, queries = scale * math.log2(math.e), n // heads
+    like = q_BNK[0, 0, 0] + cache_PSK[0, 0, 0]  # on a mesh either may vary where the other does not: heads, rows
 
     def kernel(first_BX: Any, end_BX: Any, length_B: Any, table: Any, cache: Any, *refs: Any) -> None:
         qs, (out, lse) = refs[: len(sides)], refs[len(sides) :]
@@ -108,8 +110,8 @@ def attend(
     call = pl.pallas_call(
         kernel,
         out_shape=[
-            jax.ShapeDtypeStruct((splits, batch, n_padded, sides[0]), dtype),
-            jax.ShapeDtypeStruct((splits, batch, n_padded), jnp.float32),
+            result((splits, batch, n_padded, sides[0]), dtype, like, interpret),
+            result((splits, batch, n_padded), jnp.float32, like, interpret),
         ],
         grid=(n_padded // blocks.queries, splits, batch),  # those that read the same rows run at the same time
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),

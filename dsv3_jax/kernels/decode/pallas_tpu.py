@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.decode.work import make_work
-from dsv3_jax.kernels.modes import chip
+from dsv3_jax.kernels.modes import chip, result
 from dsv3_jax.kernels.tiles import LANES, MIB, dot, up
 
 SUBLANES, PIECE = 16, 128
@@ -65,6 +65,7 @@ def attend(
     cores, columns = cores_for(n_parts), blocks.columns
     work = make_work(jnp.clip(length_B, 0, most), blocks.rows, splits, most, cores)
     to_base_2 = scale * math.log2(math.e)
+    like = q_BNK[0, 0, 0] + cache_PSK[0, 0, 0]  # on a mesh either may vary where the other does not: heads, rows
 
     def kernel(part_E: Any, block_E: Any, first_L: Any, table: Any, length_B: Any, q: Any, cache: Any, *refs: Any) -> None:
         out, lse, rows_DSK, arrived, scores, weights, sums, tops, totals = refs
@@ -189,8 +190,8 @@ def attend(
     call = pl.pallas_call(
         kernel,
         out_shape=[
-            jax.ShapeDtypeStruct((n_parts, n, latent), dtype),
-            jax.ShapeDtypeStruct((n_parts, 1, n), jnp.float32),
+            result((n_parts, n, latent), dtype, like, interpret),
+            result((n_parts, 1, n), jnp.float32, like, interpret),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,

@@ -1,5 +1,6 @@
 """What the kernel for TPU reads, writes and multiplies, counted from its list of work, and the least possible."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -42,29 +43,80 @@ def least(problem: Problem) -> Cost:
     return Cost(rows * problem.width * problem.itemsize, sequences * n * moved, products)
 
 
-def performed(problem: Problem, blocks: pallas_tpu.Blocks) -> Cost:
-    """As the grid performs them. A row occupies whole lanes; of a block whole pieces are copied."""
-    most, n = problem.page * problem.pages, problem.queries * problem.heads
-    blocks, piece = pallas_tpu.fitted(blocks, most), pallas_tpu.piece_of(problem.page)
-    parts, row = len(problem.length) * problem.splits, up(problem.width, LANES) * problem.itemsize
+class _Entry(NamedTuple):
+    """Of the list of work: a part's block, by one core."""
+
+    core: int
+    place: int  # in the core's run
+    part: int
+    left: int  # rows of the block that are seen
+    whole: bool  # all of it, by all queries
+    first: bool  # of its part
+    fresh: bool  # of its sequence's
+
+
+def _entries(problem: Problem, blocks: pallas_tpu.Blocks) -> Iterator[_Entry]:
+    most, parts = problem.page * problem.pages, len(problem.length) * problem.splits
     visible = np.clip(np.array(problem.length), 0, most)
     work = make_work(jnp.asarray(visible, jnp.int32), blocks.rows, problem.splits, most, pallas_tpu.cores_for(parts))
     part_E, block_E, first_L = (np.asarray(v) for v in work)
-    cache = flops = loads = 0
-    for core_begin, core_end in zip(first_L, first_L[1:], strict=False):
+    for core, (begin, end) in enumerate(zip(first_L, first_L[1:], strict=False)):
         before = -1
-        for part, block in zip(part_E[core_begin:core_end], block_E[core_begin:core_end], strict=True):
+        for place, (part, block) in enumerate(zip(part_E[begin:end], block_E[begin:end], strict=True)):
             b = int(part) // problem.splits
             left = min(max(int(visible[b]) - int(block) * blocks.rows, 0), blocks.rows)
-            whole = problem.length[b] - problem.queries + 1 - int(block) * blocks.rows >= blocks.rows
-            cache += -(-left // piece) * piece * row
-            height = blocks.rows if whole and left == blocks.rows else -(-left // blocks.height) * blocks.height
-            flops += 2 * n * height * (problem.width + problem.latent)
-            loads += before != b
-            before = b
+            seen = problem.length[b] - problem.queries + 1 - int(block) * blocks.rows
+            whole = seen >= blocks.rows and left == blocks.rows
+            fresh = before // problem.splits != b if before >= 0 else True
+            yield _Entry(core, place, int(part), left, whole, before != part, fresh)
+            before = int(part)
+
+
+def performed(problem: Problem, blocks: pallas_tpu.Blocks) -> Cost:
+    """As the grid performs them. A row occupies whole lanes; of a block whole pieces are copied."""
+    n = problem.queries * problem.heads
+    blocks, piece = pallas_tpu.fitted(blocks, problem.page * problem.pages), pallas_tpu.piece_of(problem.page)
+    parts, row = len(problem.length) * problem.splits, up(problem.width, LANES) * problem.itemsize
+    cache = flops = loads = 0
+    for entry in _entries(problem, blocks):
+        cache += -(-entry.left // piece) * piece * row
+        height = blocks.rows if entry.whole else -(-entry.left // blocks.height) * blocks.height
+        flops += 2 * n * height * (problem.width + problem.latent)
+        loads += entry.fresh
     result, item = n * up(problem.latent, LANES), problem.itemsize if problem.splits == 1 else 4
     lse = up(n, LANES) * 4
     rest = loads * n * row + parts * (result * item + lse)
     if problem.splits > 1:  # read again, combined, written
         rest += parts * (result * item + lse) + len(problem.length) * (result * problem.itemsize + lse)
     return Cost(cache, rest, flops)
+
+
+def trips(problem: Problem, blocks: pallas_tpu.Blocks) -> tuple[int, tuple[float, ...]]:
+    """Steps, and how often one runs each part of the program, on average.
+
+    Parts: the first step's copies, for each block ahead a loop over several pieces at once and one over single ones; a step
+    that has work, its copies ahead and its waits, two loops each; then start, a block that is seen as a whole, heights of one
+    that is not, those of them that are cleared, and finish.
+    """
+    blocks, piece = pallas_tpu.fitted(blocks, problem.page * problem.pages), pallas_tpu.piece_of(problem.page)
+    entries = list(_entries(problem, blocks))
+    cores = max(entry.core for entry in entries) + 1
+    steps = cores * max(entry.place + 1 for entry in entries)
+    ahead = blocks.depth - 1
+    first, later, waits = ([0] * (2 * ahead), [0, 0], [0, 0])
+    whole = heights = cleared = 0
+    for entry in entries:
+        copies = divmod(-(-entry.left // piece), pallas_tpu.TOGETHER)
+        for i, n in enumerate(copies):
+            waits[i] += n
+            if entry.place < ahead:
+                first[2 * entry.place + i] += n
+            else:
+                later[i] += n
+        whole += entry.whole
+        if not entry.whole:
+            heights += -(-entry.left // blocks.height)
+            cleared += entry.left % blocks.height > 0
+    parts = len(problem.length) * problem.splits
+    counts = (cores, *first, len(entries), *later, *waits, parts, whole, heights, cleared, parts)
+    return steps, tuple(n / steps for n in counts)

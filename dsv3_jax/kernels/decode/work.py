@@ -8,6 +8,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+CORES = {"pallas_tpu": 2, "pallas_gpu": 132}  # of the largest chips: v5p, H100
+PER_CORE = {"pallas_tpu": 1 << 30, "pallas_gpu": 64}  # heads times queries that one takes at once
+SHORTEST = 512  # rows of a split worth combining
+
+
+def splits_for(implementation: str, sequences: int, queries: int, rows: int) -> int:
+    """Parts of each sequence's rows that give every core work; `queries`: of a sequence, all heads'."""
+    name = implementation.partition(":")[0]
+    whole = sequences * -(-queries // PER_CORE[name])
+    return max(1, min(-(-CORES[name] // whole), rows // SHORTEST))
+
 
 class Work(NamedTuple):
     """Entries, in order; core l takes those from first[l] to first[l + 1]: about as many as the other, and whole parts."""

@@ -75,7 +75,8 @@ def products(
                 return tuple(total + dot(a, b) for total, b in zip(totals, pieces, strict=True))
 
             zeros = tuple(jnp.zeros((blocks.rows, blocks.outer), jnp.float32) for _ in ws)
-            totals = lax.fori_loop(0, jnp.where(group < n_groups, n_inner, 0), add, zeros)
+            last = lax.select(group < n_groups, jnp.int32(n_inner), jnp.int32(0))  # of one type, as Triton's loops want
+            totals = lax.fori_loop(jnp.int32(0), last, add, zeros)
             beside = [(v[rows_at, :] if v.shape[1] == 1 else v[rows_at, at]).astype(jnp.float32) for v in more]
             for y, value, width in zip(ys, epilogue(totals, beside), widths, strict=True):
                 value = value.reshape(blocks.rows, blocks.outer // width, width).sum(axis=1)

@@ -42,11 +42,14 @@ class Blocks(NamedTuple):
 
 
 # What needed the fewest bundles of those tried at V3's shapes, see `experiments.bench_kernels`; other chips as v5p. There sums
-# are in registers, 64 of 8 x 128, and 384 x 128 leave room for operands; the matrix units of tpu7x add up by themselves.
+# of 384 x 128 are in registers, 64 of 8 x 128, and leave room for operands. Where a step has more to do with its operands,
+# wide sums that are put aside between matrix units' results cost less than operands that are brought along more often; the
+# units of tpu7x add up by themselves.
 V5P = Blocks(768, 7168, 256, 384, 128, vmem_mib=62)
-V5P_TRANSPOSED = Blocks(768, 7168, 512, 384, 128, vmem_mib=62)
-PRODUCTS = {
-    "TPU v6 lite": Blocks(512, 7168, 512, 512, 256, vmem_mib=62),
+WIDE = Blocks(1024, 7168, 512, 512, 512, vmem_mib=62)
+PRODUCTS = dict.fromkeys(("TPU v6 lite", "TPU7x"), WIDE)
+PRODUCTS_OF_SEVERAL = {  # weights at once
+    "TPU v6 lite": Blocks(512, 7168, 256, 512, 256, vmem_mib=62),
     "TPU7x": Blocks(512, 7168, 512, 512, 512, vmem_mib=62),
 }
 V5P_OUTER = Blocks(512, 1024, 1024, 512, 128, unroll=4, vmem_mib=40)
@@ -56,10 +59,15 @@ OUTER = {
 }
 
 
-def blocks_of(kind: str, weights: int, transposed: bool) -> Blocks:
-    """Of a product with so many weights at once, on this kind of device."""
-    blocks = PRODUCTS.get(kind, V5P_TRANSPOSED if transposed else V5P)
-    return blocks._replace(outer=max(blocks.columns, min(blocks.outer, 512 // weights)))
+def blocks_of(kind: str, weights: int, transposed: bool, inner: int, wide: int) -> Blocks:
+    """Of a product with so many weights at once, on this kind of device; `wide`: extras and outputs as wide as the product."""
+    if weights > 1:
+        return PRODUCTS_OF_SEVERAL.get(kind, V5P)
+    blocks = PRODUCTS.get(kind, WIDE if transposed else V5P)
+    if kind == "TPU7x" and transposed and inner > 4096:
+        blocks = blocks._replace(columns=256)
+    # In VMEM extras and outputs are beside the operands, each twice.
+    return blocks._replace(rows=WIDE.rows // 2) if wide > 3 and blocks.rows == WIDE.rows else blocks
 
 
 def outer_blocks_of(kind: str) -> Blocks:
@@ -106,7 +114,8 @@ def products(
     """As `call.Products`."""
     (rows, inner), n_groups = x_RI.shape, weights[0].shape[0]
     outer = weights[0].shape[1 if transposed else 2]
-    blocks = fit_products(blocks or blocks_of(chip(), len(weights), transposed), rows, inner, outer)
+    wide = sum(v.shape[1] > 1 for v in extras) + len(outs)
+    blocks = fit_products(blocks or blocks_of(chip(), len(weights), transposed, inner, wide), rows, inner, outer)
     n_inner, n_outer = pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer)
     none = rows - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
     work = make_work(jnp.append(count_E, none), rows, blocks.rows)

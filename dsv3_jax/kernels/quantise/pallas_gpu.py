@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from dsv3_jax.fp8.formats import Format
 from dsv3_jax.fp8.quantize import Quantiser, scale_of
+from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.quantise.call import SIDE, cast, magnitudes
 
 
@@ -112,8 +113,8 @@ def _run(
     return pl.pallas_call(
         kernel,
         out_shape=[
-            jax.ShapeDtypeStruct((stack, *shape), how.form.dtype),
-            jax.ShapeDtypeStruct((stack, *tiles), jnp.uint8 if scale_bits else jnp.float32),
+            result((stack, *shape), how.form.dtype, inputs[0], interpret),
+            result((stack, *tiles), jnp.uint8 if scale_bits else jnp.float32, inputs[0], interpret),
         ],
         grid=(stack, pl.cdiv(rows, blocks.rows), pl.cdiv(columns, blocks.columns)),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps),

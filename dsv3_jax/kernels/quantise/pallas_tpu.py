@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.fp8.formats import Format
 from dsv3_jax.fp8.quantize import Quantiser, scale_of
+from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.quantise.call import SIDE, cast, magnitudes
 from dsv3_jax.kernels.tiles import MIB, up
 from dsv3_jax.kernels.traffic import Operand, moved
@@ -183,7 +184,7 @@ def _run(
 
     values, scale = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(out.shape, out.dtype) for out in plan.outputs],
+        out_shape=[result(out.shape, out.dtype, inputs[0], interpret) for out in plan.outputs],
         grid=plan.grid,
         in_specs=[_spec(operand) for operand in plan.inputs],
         out_specs=[_spec(out) for out in plan.outputs],

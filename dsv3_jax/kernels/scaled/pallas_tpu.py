@@ -1,0 +1,340 @@
+"""The scaled products on TPU's matrix units.
+
+The grid is that of `kernels.grouped`: blocks of the output's columns, then the list of (group, tile of rows), then the
+contraction. Within a step a loop goes over parts of the output whose sums stay in registers while all of the block's tiles
+are multiplied, scaled and added. Chips without FP8 multiply bfloat16, which holds every e4m3 and e5m2: a block is converted
+once, when it arrives; a group's matrix so once for all of its rows. Products are added up transposed, [O, R]: a row's scale is
+then one of many along lanes, where a register of them is read for nothing; to spread it over lanes would keep the units that
+move data between lanes busier than the matrix units.
+
+What lies beyond an operand's edge is undefined, and so are rows between the groups' and the end. Products keep rows and columns
+apart, and the contraction is whole tiles; of a sum over rows, tiles of other groups are left out after they are multiplied.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv3_jax.kernels.grouped.work import make_work
+from dsv3_jax.kernels.modes import chip, result
+from dsv3_jax.kernels.scaled.call import SIDE
+from dsv3_jax.kernels.tiles import LANES, MIB, dot, padded, up
+
+PACKED = 32  # rows of one register of bytes
+
+
+class Blocks(NamedTuple):
+    """Of a product [R, I] x [I, O]: rows, contraction and columns in VMEM; rows and columns of one iteration."""
+
+    rows: int
+    inner: int
+    outer: int
+    height: int
+    columns: int
+    unroll: int = 1  # iterations that are scheduled together
+    vmem_mib: int = 62
+
+
+V5P = Blocks(512, 7168, 1024, 128, 256)
+PRODUCTS: dict[str, Blocks] = {}
+V5P_OUTER = Blocks(512, 1024, 2048, 128, 256, unroll=8)
+OUTER = {
+    "TPU v6 lite": Blocks(512, 1024, 2048, 256, 256, unroll=4),
+    "TPU7x": Blocks(512, 1024, 2048, 256, 256, unroll=2),
+}
+FP8 = ("TPU7x",)  # whose matrix units take it
+
+
+def blocks_of(kind: str, transposed: bool) -> Blocks:
+    """On this kind of device."""
+    return PRODUCTS.get(kind, V5P)
+
+
+def outer_blocks_of(kind: str) -> Blocks:
+    return OUTER.get(kind, V5P_OUTER)
+
+
+def _fitted(size: int, block: int, step: int, whole: int) -> tuple[int, int]:
+    """Block and step within it, no larger than a side of `size`; one that is less than a step is a multiple of `whole`."""
+    if size <= step:
+        return up(size, whole), up(size, whole)
+    return min(block, up(size, step)), step
+
+
+def _parted(size: int, block: int) -> int:
+    """Parts of so many tiles at most, all alike where that does not make them less than half."""
+    tiles, most = -(-size // SIDE), block // SIDE
+    divisors = (n for n in range(min(most, tiles), most // 2, -1) if tiles % n == 0)
+    return SIDE * next(divisors, -(-tiles // -(-tiles // most)))
+
+
+def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
+    """No larger than the operands of [R, I] x [I, O]."""
+    (tall, height), (wide, columns) = (
+        _fitted(rows, blocks.rows, blocks.height, LANES), _fitted(outer, blocks.outer, blocks.columns, LANES)
+    )  # fmt: skip
+    deep = _parted(inner, blocks.inner)
+    unroll = math.gcd(wide // columns, 1 << (blocks.inner // deep).bit_length() - 1)  # as much as if all were deep
+    return Blocks(tall, deep, wide, height, columns, unroll, blocks.vmem_mib)
+
+
+def fit_outer(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
+    """No larger than the operands of [I, R] x [R, O]; an iteration's height is along I."""
+    (deep, height), (wide, columns) = (
+        _fitted(inner, blocks.inner, blocks.height, PACKED), _fitted(outer, blocks.outer, blocks.columns, LANES)
+    )  # fmt: skip
+    return blocks._replace(rows=min(blocks.rows, up(rows, SIDE)), inner=deep, outer=wide, height=height, columns=columns)
+
+
+def products(
+    x_RI: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    count_E: jax.Array,
+    *,
+    transposed: bool,
+    dtype: Any,
+    name: str,
+    interpret: Any,
+    blocks: Blocks | None = None,
+) -> jax.Array:
+    """As `call.Products`."""
+    (rows, inner), n_groups, outer = x_RI.shape, w.shape[0], w.shape[1 if transposed else 2]
+    blocks = fit_products(blocks or blocks_of(chip(), transposed), rows, inner, outer)
+    tiles, n_inner, n_outer = blocks.inner // SIDE, pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer)
+    x_RI, w = padded(x_RI, blocks.inner, -1), padded(w, blocks.inner, -1 if transposed else -2)
+    scales = padded(x_scale.T, tiles).reshape(n_inner, tiles, rows)
+    none = rows - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
+    work = make_work(jnp.append(count_E, none), rows, blocks.rows)
+    iterations = blocks.outer // blocks.columns
+    kind = _kind(x_RI, w)
+    keep_x, keep_w = kind == x_RI.dtype, kind == w.dtype and transposed
+    last_column, last_tile = w_scale.shape[1 if transposed else 2] - 1, x_scale.shape[1] - 1
+
+    def kernel(
+        group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, x_scales: Any, w: Any, w_scales: Any, y: Any, *refs: Any
+    ) -> None:
+        j, s, k = (pl.program_id(axis) for axis in range(3))
+        group, before = group_S[s], jnp.maximum(s - 1, 0)
+        total, x_wide, w_wide = refs[:-2], x if keep_x else refs[-2], w if keep_w else refs[-1]
+
+        def place(i: Any) -> tuple[Any, Any]:
+            """Rows and columns of iteration i."""
+            return _at(lax.div(i, iterations), blocks.height), _at(lax.rem(i, iterations), blocks.columns)
+
+        def store(i: Any, value: Any) -> None:
+            row = lax.broadcasted_iota(jnp.int32, (blocks.height, 1), 0)
+            row = row + tile_S[s] * blocks.rows + lax.div(i, iterations) * blocks.height
+            own = (row >= first_G[group]) & (row < end_G[group])
+            y[place(i)] = jnp.where(own, value, y[place(i)].astype(jnp.float32)).astype(y.dtype)
+
+        def each(body: Callable[[Any], None]) -> None:
+            """For all columns of those rows of the tile among which are the group's."""
+            first = jnp.maximum(first_G[group] - tile_S[s] * blocks.rows, 0)
+            end = jnp.minimum(end_G[group] - tile_S[s] * blocks.rows, blocks.rows)
+            low, high = lax.div(first, blocks.height), lax.div(end + blocks.height - 1, blocks.height)
+
+            def some(i: Any, _: None) -> None:
+                for n in range(blocks.unroll):
+                    body(i * blocks.unroll + n)
+
+            runs = iterations // blocks.unroll
+            lax.fori_loop(low * runs, high * runs, some, None)
+
+        def part(i: Any) -> jax.Array:
+            """Row and column blocks' product, transposed while it is added up."""
+            (rows_at, at), scale_at = place(i), lax.rem(i, iterations) * (blocks.columns // LANES)
+            strips = [jnp.zeros((LANES, blocks.height), jnp.float32) for _ in range(blocks.columns // LANES)]
+            for t in range(tiles):
+                inner_at, tile = slice(t * SIDE, (t + 1) * SIDE), jnp.minimum(k * tiles + t, last_tile)
+                scale = x_scales[pl.ds(t, 1), rows_at]
+                sums = dot(w_wide[at, inner_at], x_wide[rows_at, inner_at], 1, 1)
+                for c in range(len(strips)):
+                    n = jnp.minimum(j * (blocks.outer // LANES) + scale_at + c, last_column)
+                    own = scale * (w_scales[n, tile] if transposed else w_scales[tile, n])
+                    strips[c] += sums[c * LANES : (c + 1) * LANES] * own
+            return jnp.concatenate([strip.T for strip in strips], axis=1)
+
+        def add(i: Any) -> None:
+            total[0][place(i)] = jnp.where(k > 0, total[0][place(i)], 0.0) + part(i)
+
+        @pl.when(group < n_groups)
+        def compute() -> None:
+            anew = (s == 0) | (n_inner > 1)
+            if not keep_x:
+                pl.when(anew | (tile_S[before] != tile_S[s]))(lambda: _convert(x, x_wide))
+            if not keep_w:
+                pl.when(anew | (group_S[before] != group))(lambda: _convert(w, w_wide, transposed=not transposed))
+            if n_inner == 1:
+                return each(lambda i: store(i, part(i)))
+            each(add)
+            pl.when(k == n_inner - 1)(lambda: each(lambda i: store(i, total[0][place(i)])))
+
+        @pl.when(group == n_groups)
+        def clear() -> None:
+            each(lambda i: store(i, jnp.zeros((blocks.height, blocks.columns), jnp.float32)))
+
+    def weight_at(j: Any, s: Any, k: Any, group_S: Any, *_: Any) -> Any:
+        group = jnp.minimum(group_S[s], n_groups - 1)
+        return (group, j, k) if transposed else (group, k, j)
+
+    def weight_scale_at(j: Any, s: Any, k: Any, group_S: Any, *_: Any) -> Any:
+        return jnp.minimum(group_S[s], n_groups - 1), 0, 0
+
+    sides = (blocks.outer, blocks.inner) if transposed else (blocks.inner, blocks.outer)
+    y = result((rows, outer), dtype, x_RI, interpret)
+    call = pl.pallas_call(
+        kernel,
+        out_shape=y,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(n_outer, work.size, n_inner),
+            in_specs=[
+                pl.BlockSpec((blocks.rows, blocks.inner), lambda j, s, k, group_S, tile_S, *_: (tile_S[s], k)),
+                pl.BlockSpec((None, tiles, blocks.rows), lambda j, s, k, group_S, tile_S, *_: (k, 0, tile_S[s])),
+                pl.BlockSpec((None, *sides), weight_at),
+                pl.BlockSpec((None, *w_scale.shape[1:]), weight_scale_at, memory_space=pltpu.SMEM),
+            ],
+            out_specs=pl.BlockSpec((blocks.rows, blocks.outer), lambda j, s, k, group_S, tile_S, *_: (tile_S[s], j)),
+            scratch_shapes=[
+                *[pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)][: n_inner - 1],
+                pltpu.VMEM((PACKED, LANES) if keep_x else (blocks.rows, blocks.inner), kind),
+                pltpu.VMEM((PACKED, LANES) if keep_w else (blocks.outer, blocks.inner), kind),
+            ],
+        ),
+        compiler_params=_compiler(blocks, ("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=_estimate(2 * rows * inner * outer, x_RI, x_scale, w, w_scale, y),
+        name=name,
+        interpret=interpret,
+    )
+    return call(*work[:4], x_RI, scales, w, w_scale)
+
+
+def outer_products(
+    x_IR: jax.Array,
+    x_scale: jax.Array,
+    y_RO: jax.Array,
+    y_scale: jax.Array,
+    count_E: jax.Array,
+    *,
+    dtype: Any,
+    name: str,
+    interpret: Any,
+    blocks: Blocks | None = None,
+) -> jax.Array:
+    """As `call.OuterProducts`."""
+    (inner, rows), outer, n_groups = x_IR.shape, y_RO.shape[1], count_E.shape[0]
+    blocks = fit_outer(blocks or outer_blocks_of(chip()), rows, inner, outer)
+    height, columns, tiles = blocks.height, blocks.columns, blocks.rows // SIDE
+    work = make_work(count_E, rows, blocks.rows, empty=True)
+    n_columns, n_heights = blocks.outer // columns, blocks.inner // height
+    kind = _kind(x_IR, y_RO)
+    as_it_is = kind == x_IR.dtype
+    steps = LANES // tiles  # whose scales of x come together, LANES of them
+
+    def kernel(
+        group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, x_scales: Any, y: Any, y_scales: Any, w: Any,
+        total: Any, x_scales_wide: Any, *wide: Any,
+    ) -> None:  # fmt: skip
+        s = pl.program_id(2)
+        group = group_S[s]
+        before, after = group_S[jnp.maximum(s - 1, 0)], group_S[jnp.minimum(s + 1, work.group_S.shape[0] - 1)]
+        first, last = (s == 0) | (before != group), after != group
+        x_wide, y_wide = (x, y) if as_it_is else wide
+        if not as_it_is:
+            _convert(x, x_wide)
+            _convert(y, y_wide)
+        for i in range(n_heights):  # spread over lanes once for all columns
+            at = slice(i * height, (i + 1) * height)
+            # Which of the lanes are this step's is known at run time only; rolled to the front, their places are known.
+            own_scales = pltpu.roll(x_scales[at, :], LANES - lax.rem(tile_S[s], steps) * tiles, 1)
+            for t in range(tiles):
+                x_scales_wide[t, at, :] = jnp.broadcast_to(own_scales[:, t : t + 1], (height, LANES))
+
+        def add(i: Any, _: None) -> None:
+            at = _at(lax.div(i, n_columns), height), _at(lax.rem(i, n_columns), columns)
+            sums = jnp.where(first, 0.0, total[at])
+            for t in range(tiles):
+                row, along = tile_S[s] * blocks.rows + t * SIDE, slice(t * SIDE, (t + 1) * SIDE)
+                own = (row >= first_G[group]) & (row < end_G[group])
+                sum_ = dot(x_wide[at[0], along], y_wide[along, at[1]], 1, 0)
+                x_scale = jnp.concatenate([x_scales_wide[t, at[0], :]] * (columns // LANES), axis=1)
+                sum_ = sum_ * x_scale * y_scales[t, :, at[1]]
+                sums += jnp.where(own, sum_, 0.0)
+            total[at] = sums
+
+        def store(i: Any, _: None) -> None:
+            at = _at(lax.div(i, n_columns), height), _at(lax.rem(i, n_columns), columns)
+            w[at] = total[at].astype(w.dtype)
+
+        lax.fori_loop(0, n_heights * n_columns, add, None, unroll=min(blocks.unroll, n_heights * n_columns))
+        pl.when(last)(lambda: lax.fori_loop(0, n_heights * n_columns, store, None))
+
+    sums = result((n_groups, inner, outer), dtype, x_IR, interpret)
+    wide = [(blocks.inner, blocks.rows), (blocks.rows, blocks.outer)]
+    call = pl.pallas_call(
+        kernel,
+        out_shape=sums,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer), work.size),
+            in_specs=[
+                pl.BlockSpec((blocks.inner, blocks.rows), lambda i, j, s, group_S, tile_S, *_: (i, tile_S[s])),
+                pl.BlockSpec((blocks.inner, LANES), lambda i, j, s, group_S, tile_S, *_: (i, lax.div(tile_S[s], steps))),
+                pl.BlockSpec((blocks.rows, blocks.outer), lambda i, j, s, group_S, tile_S, *_: (tile_S[s], j)),
+                pl.BlockSpec((tiles, 1, blocks.outer), lambda i, j, s, group_S, tile_S, *_: (tile_S[s], 0, j)),
+            ],
+            out_specs=pl.BlockSpec((None, blocks.inner, blocks.outer), lambda i, j, s, group_S, *_: (group_S[s], i, j)),
+            scratch_shapes=[
+                pltpu.VMEM((blocks.inner, blocks.outer), jnp.float32),
+                pltpu.VMEM((tiles, blocks.inner, LANES), jnp.float32),
+                *(pltpu.VMEM((PACKED, LANES) if as_it_is else shape, kind) for shape in wide),
+            ],
+        ),
+        compiler_params=_compiler(blocks, ("parallel", "parallel", "arbitrary")),
+        cost_estimate=_estimate(2 * rows * inner * outer, x_IR, x_scale, y_RO, y_scale, sums),
+        name=name,
+        interpret=interpret,
+    )
+    return call(*work[:4], x_IR, padded(x_scale, LANES, -1), y_RO, y_scale[:, None, :])
+
+
+def _kind(a: jax.Array, b: jax.Array) -> Any:
+    """What they are multiplied as."""
+    return a.dtype if a.dtype == b.dtype and chip() in FP8 else jnp.dtype(jnp.bfloat16)
+
+
+def _convert(narrow: Any, wide: Any, transposed: bool = False) -> None:
+    """All of a block."""
+
+    def some(i: Any, _: None) -> None:
+        at = _at(i, PACKED)
+        wide[at, :] = narrow[at, :].astype(wide.dtype)
+
+    def turn(i: Any, _: None) -> None:
+        at = _at(i, SIDE)
+        wide[:, at] = narrow[at, :].astype(jnp.bfloat16).T.astype(wide.dtype)
+
+    step = SIDE if transposed else PACKED
+    lax.fori_loop(0, narrow.shape[0] // step, turn if transposed else some, None)
+
+
+def _compiler(blocks: Blocks, dimensions: Any) -> Any:
+    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=blocks.vmem_mib * MIB)
+
+
+def _estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
+    """For XLA's schedule, and for whoever adds up a program's FLOPs: as if every row were of a group."""
+    moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
+
+
+def _at(i: Any, size: int) -> Any:
+    return pl.ds(pl.multiple_of(i * size, size), size)

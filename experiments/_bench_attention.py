@@ -1,0 +1,177 @@
+"""Attention's grids for `bench_kernels`, ours for TPU and those that ship with JAX: steps, trips, bytes and FLOPs.
+
+Useful FLOPs are counted here for all: half the square, and of a backward pass five products, the scores' among them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+from dsv3_jax.kernels.attention import pallas_tpu, pallas_tpu_backward
+from dsv3_jax.kernels.attention.api import mla_attention
+from dsv3_jax.kernels.grouped.cost import Cost
+from dsv3_jax.kernels.traffic import Operand, moved
+
+HEADS, CONTENT, ROPE, VALUE = 128, 128, 64, 128
+KEY = CONTENT + ROPE
+FORWARD, BACKWARD = 2 * (KEY + VALUE), 2 * (3 * KEY + 2 * VALUE)  # FLOPs of a query and a key that it sees
+SPLASH = (1024, 1024, 512), (1024, 1024, 1024), (2048, 2048, 512)  # queries, keys, keys of one iteration
+SPLASH_BACKWARD = (1024, 1024, 512), (512, 1024, 512), (1024, 2048, 512)
+
+SPLASH_HEADS = 16  # to compile: a step has one, and of 128 the queries' gradients, once a block of keys, fit no memory
+
+REAL, WIDE = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+
+
+def least_flops(length: int, of_pair: int, heads: int = HEADS) -> int:
+    """Of the queries with the keys at or before them."""
+    return heads * (length * (length + 1) // 2) * of_pair
+
+
+def forward_cost(length: int, blocks: pallas_tpu.Blocks, heads: int = HEADS) -> Cost:
+    """Of `pallas_tpu.forward` with as many queries as keys. `trips`: of start, whole tiles, those on the diagonal, finish."""
+    block, height = min(blocks.queries, length), min(blocks.height, blocks.queries, length)
+    tile = min(blocks.tile, length)
+    block_s = min(blocks.keys, -(-length // tile) * tile)
+    n_t, n_s, tiles = -(-length // block), -(-length // block_s), block_s // tile
+    tops = range(0, block, height)
+    whole_runs, some_runs, pairs = 0, [0] * len(tops), 0
+    for i in range(n_t):
+        for j in range(n_s):
+            first = i * block - j * block_s
+            whole = min(max(first + 1, 0) // tile, tiles)
+            some = [min(max(first + top + height + tile - 1, 0) // tile, tiles) for top in tops]
+            extra = [max(n - whole, 0) for n in some]
+            whole_runs += whole
+            some_runs = [a + b for a, b in zip(some_runs, extra, strict=True)]
+            pairs += whole * block * tile + sum(extra) * height * tile
+    steps = n_t * n_s
+    ends = [] if n_s == 1 else [1 / n_s]  # else they are part of every step
+    trips = (*ends, whole_runs / steps, *(n / steps for n in some_runs), *ends)
+
+    def last(i: int, j: int) -> int:
+        return min(j, (min((i + 1) * block, length) - 1) // block_s)
+
+    def of_query(h: int, i: int, j: int) -> tuple[int, int, int]:
+        return h, i, 0
+
+    def of_key(h: int, i: int, j: int) -> tuple[int, int, int]:
+        return h, last(i, j), 0
+
+    operands = [
+        *(Operand((heads, length, width), REAL, (1, block, width), of_query) for width in (CONTENT, ROPE, VALUE)),
+        *(Operand((heads, length, width), REAL, (1, block_s, width), of_key) for width in (CONTENT, VALUE)),
+        Operand((length, ROPE), REAL, (block_s, ROPE), lambda h, i, j: (last(i, j), 0)),
+        Operand((heads, length), WIDE, (1, block), lambda h, i, j: (h, i)),
+    ]
+    return Cost(
+        heads * steps, trips, moved((heads, n_t, n_s), operands), sum(x.bytes for x in operands),
+        heads * pairs * FORWARD, least_flops(length, FORWARD, heads),
+    )  # fmt: skip
+
+
+def backward_cost(length: int, blocks: pallas_tpu_backward.Blocks, heads: int = HEADS) -> Cost:
+    """Of `pallas_tpu_backward.backward` with as many queries as keys, of several blocks, within one span.
+
+    `trips`: of starts (keys, rotary keys, queries), tiles of keys, of queries with them, finishes (queries, keys, rotary keys).
+    """
+    tile = min(blocks.tile, length)
+    block = min(blocks.block, -(-length // tile) * tile)
+    n, tiles, cores = -(-length // block), block // tile, 2 - heads % 2
+    each = heads // cores
+    if n == 1 or length > blocks.span:
+        raise ValueError(f"backward: expected several blocks of {block} in a span of {blocks.span}, got {length}")
+    outer = inner = 0
+    for j in range(n):
+        for i in range(j, n):
+            outer += tiles
+            for keys in range(tiles):
+                behind = (j - i) * block + keys * tile
+                inner += tiles - min(max(behind, 0) // tile, tiles)
+    steps = n * n
+    trips = (1 / n, 1 / n / each, 1 / n, outer / steps, inner / steps, 1 / n, 1 / n, 1 / n / each)
+
+    def of_query(c: int, h: int, j: int, i: int) -> tuple[int, int, int]:
+        return c * each + h, max(i, j), 0
+
+    def along(c: int, h: int, j: int, i: int) -> tuple[int, int]:
+        return c * each + h, max(i, j)
+
+    def of_key(c: int, h: int, j: int, i: int) -> tuple[int, int, int]:
+        return c * each + h, j, 0
+
+    def complete(c: int, h: int, j: int, i: int) -> tuple[int, int, int]:
+        return c * each + h, min(max(i, j), max(j, (n if j == n - 1 else j + 1) - 1)), 0
+
+    shapes = {width: (heads, length, width) for width in (CONTENT, ROPE, VALUE)}
+    inputs = [
+        *(Operand(shapes[width], REAL, (1, block, width), of_query) for width in (CONTENT, ROPE, VALUE)),
+        *(Operand(shapes[width], REAL, (1, block, width), of_key) for width in (CONTENT, VALUE)),
+        Operand((length, ROPE), REAL, (block, ROPE), lambda c, h, j, i: (j, 0)),
+        *[Operand((heads, length), WIDE, (1, block), along)] * 2,
+    ]
+    outputs = [
+        *(Operand(shapes[width], REAL, (1, block, width), complete) for width in (CONTENT, ROPE)),
+        *(Operand(shapes[width], REAL, (1, block, width), of_key) for width in (CONTENT, VALUE)),
+        Operand((cores, length, ROPE), WIDE, (1, block, ROPE), lambda c, h, j, i: (c, j if h == each - 1 else 0, 0)),
+    ]
+    least = sum(x.bytes for x in [*inputs, *outputs[:4]]) + length * ROPE * REAL.itemsize
+    return Cost(
+        heads * steps, trips, moved((cores, each, n, n), [*inputs, *outputs]), least,
+        heads * inner * tile * tile * BACKWARD, least_flops(length, BACKWARD, heads),
+    )  # fmt: skip
+
+
+def splash_cost(length: int, blocks: Sequence[int], of_pair: int, *, keys_outside: bool, heads: int = HEADS) -> Cost:
+    """Of the kernels that ship with JAX: a grid of heads and all blocks, of which those below the diagonal do nothing.
+
+    `trips`: of start, of a block's products, of finish. `keys_outside`: the walk is over queries. Bytes are not counted.
+    """
+    block_q, block_kv, _ = blocks
+    n_q, n_kv = -(-length // block_q), -(-length // block_kv)
+    runs = sum(j * block_kv <= i * block_q + block_q - 1 for i in range(n_q) for j in range(n_kv))
+    end = 1 / (n_q if keys_outside else n_kv)
+    return Cost(
+        heads * n_q * n_kv, (end, runs / (n_q * n_kv), end), 0, 0, heads * runs * block_q * block_kv * of_pair,
+        least_flops(length, of_pair, heads),
+    )  # fmt: skip
+
+
+def arrays(length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Ours: content and rotary parts of queries and of keys, values."""
+    heads, rope = ((1, HEADS, length, width) for width in (CONTENT, ROPE))
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (heads, rope, heads, (1, length, ROPE), heads))
+
+
+def ours(implementation: str, q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any) -> Any:
+    return mla_attention(q, q_rope, k, k_rope, v, None, KEY**-0.5, implementation=implementation)
+
+
+def ours_backward(implementation: str, *operands: Any) -> Any:
+    return jax.vjp(partial(ours, implementation), *operands)[1](operands[4])
+
+
+def splash(length: int, blocks: Sequence[int], *, backward: bool) -> Any:
+    """The function of q [H, T, 192], k and v [H, T, 128] that has JAX's splash attention in it."""
+    q, kv, compute = blocks
+    of_q, of_kv = (512, 512) if backward else (q, kv)
+    sizes = splash_attention_kernel.BlockSizes(block_q=of_q, block_kv=of_kv, block_kv_compute=min(of_kv, compute))
+    if backward:
+        sizes = dataclasses.replace(
+            sizes, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True
+        )  # fmt: skip
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * SPLASH_HEADS),
+        head_shards=1, q_seq_shards=1, save_residuals=not backward,
+        block_sizes=sizes,
+    )  # fmt: skip
+    return (lambda q, k, v: jax.vjp(kernel, q, k, v)[1](v)) if backward else kernel
+
+
+def splash_arrays(length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct((SPLASH_HEADS, length, width), jnp.bfloat16) for width in (KEY, KEY, VALUE))
