@@ -49,7 +49,8 @@ def _step(share: Share) -> list[str]:
         "or the runtime. The average of the weights is on the host.",
         "FLOPs are those of matrix products; norms, softmax, rotation, selection and the optimiser's arithmetic count none.",
         "Memory traffic: each product reads its operands and writes its result once, elementwise work rides along; attention's "
-        "scores travel as in the unfused implementation; the optimiser reads and writes each of its pieces once.",
+        "scores travel as in the unfused implementation, but where a kernel keeps them; the optimiser reads and writes each of "
+        "its pieces once.",
     ]
 
 

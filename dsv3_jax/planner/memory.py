@@ -15,7 +15,7 @@ from dsv3_jax.model.attention import MAX_BLOCKS, MIN_BLOCK
 from dsv3_jax.model.transformer import head_name
 from dsv3_jax.parallel.mesh import EXPERT
 from dsv3_jax.planner.rows import Number
-from dsv3_jax.planner.share import FLOAT32, Share, Weight, dtype_bytes
+from dsv3_jax.planner.share import FLOAT32, Share, Weight, dtype_bytes, in_kernel
 from dsv3_jax.training.loss import chunk_length
 
 LOSS, ATTENTION, EXPERTS, OPTIMISER = MOMENTS = ("loss", "attention", "feed-forward", "optimiser")
@@ -233,11 +233,16 @@ def _repeated(share: Share) -> Number:
 
 
 def attention_buffers(share: Share) -> Number:
-    """Queries, keys and values expanded, their gradients (keys' and values' in float32 too), and three blocks of scores."""
+    """Queries, keys and values expanded, and their gradients; blockwise, keys' and values' in float32 too, and three blocks
+    of scores.
+    """
     model, compute, length = share.config.model, share.compute_bytes, share.config.data.seq_len
     heads, groups = (n / share.tensor for n in (model.num_attention_heads, model.n_key_value_heads))
     qk, values = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
-    expanded = 2 * compute * (heads * qk + groups * (qk + values)) + FLOAT32 * groups * (qk + values)
+    expanded = 2 * compute * (heads * qk + groups * (qk + values))
+    if in_kernel(model):
+        return share.tokens * expanded
+    expanded += FLOAT32 * groups * (qk + values)
     block = min(length, max(MIN_BLOCK, -(-length // MAX_BLOCKS)))
     return share.tokens * expanded + share.sequences * heads * block * length * (2 * FLOAT32 + compute)
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.kernels.modes import chosen
 from dsv3_jax.model.module import model_spec
 from dsv3_jax.model.spec import Spec
 from dsv3_jax.moe.experts import chosen_implementation
@@ -171,14 +172,22 @@ def matrix(axes: tuple[str, ...], shape: tuple[int, ...]) -> Matrix:
     return Matrix(math.prod(stack), math.prod(sizes[:inputs]), math.prod(sizes[inputs:]))
 
 
+def in_kernel(model: ModelConfig) -> bool:
+    """Whether attention's scores never leave the chip."""
+    return model.attention_implementation not in ("auto", "blockwise")
+
+
 def make_share(config: Config, chips: int, platform: str = "gpu") -> Share:
     """What each of `chips` devices does of one step of `config`. `platform` (gpu, tpu) chooses what is left to choose.
 
     Raises ValueError if the mesh, a parameter or the batch does not divide over them.
     """
-    if config.model.fp8 is None:
-        chosen = chosen_implementation(config.model.experts_implementation, platform)
-        config = override(config, {"experts_implementation": chosen})
+    model = config.model
+    if model.fp8 is None:
+        config = override(config, {"experts_implementation": chosen_implementation(model.experts_implementation, platform)})
+    if model.attention == "mla":
+        how = chosen(model.attention_implementation, "blockwise", platform)
+        config = override(config, {"attention_implementation": how})
     if config.model.experts_implementation == "dense":
         raise ValueError("experts_implementation: dense computes every expert on every token, for tests; plan another one")
     if chips < 1:

@@ -9,7 +9,7 @@ from dsv3_jax.parallel.mesh import EXPERT
 from dsv3_jax.planner.chips import Chip
 from dsv3_jax.planner.memory import held
 from dsv3_jax.planner.rows import Number
-from dsv3_jax.planner.share import FLOAT32, Share, dtype_bytes, matrix
+from dsv3_jax.planner.share import FLOAT32, Share, dtype_bytes, in_kernel, matrix
 from dsv3_jax.planner.wire import COMBINES, DISPATCHES, Traffic, seconds
 from dsv3_jax.planner.work import Work, causal_pairs, executed, repeats, visited
 
@@ -120,6 +120,8 @@ def _activation_traffic(share: Share) -> Number:
 
 def _score_traffic(share: Share) -> Number:
     model = share.config.model
+    if in_kernel(model):
+        return 0
     layers, heads = model.num_hidden_layers + model.num_nextn_predict_layers, model.num_attention_heads / share.tensor
     scores = layers * share.sequences * heads * causal_pairs(share.config.data.seq_len)
     forwards = 2 if model.remat == "full" else 1

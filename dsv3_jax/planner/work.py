@@ -13,7 +13,7 @@ from dsv3_jax.model.flops import training_flops_per_token
 from dsv3_jax.parallel.mesh import EXPERT
 from dsv3_jax.planner.parameters import NOT_IN_FP8
 from dsv3_jax.planner.rows import Number
-from dsv3_jax.planner.share import Share, Weight
+from dsv3_jax.planner.share import Share, Weight, in_kernel
 
 # Products whose results no policy but `none` keeps: what MLA expands from its latents, other attentions' projections, and the
 # MTP module's projection of its pair. `full` repeats all but the router's and a block's last one, whose result nothing reads.
@@ -37,8 +37,13 @@ class Work(NamedTuple):
         return sum(self)
 
 
-def causal_pairs(length: int) -> int:
-    """(query, key) pairs that the blocked attention computes: each block of queries reads the keys up to its last one."""
+def causal_pairs(length: int, *, kernel: bool = False) -> int:
+    """(query, key) pairs that attention computes: each block of queries reads the keys up to its last one.
+
+    A kernel's blocks are so small that those on the diagonal are not counted, and its own estimate does not.
+    """
+    if kernel:
+        return length * (length + 1) // 2
     size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     ends = [(start, min(start + size, length)) for start in range(0, length, size)]
     return sum((end - start) * end for start, end in ends)
@@ -114,7 +119,7 @@ def _add_attention(work: Work, model: ModelConfig, length: int) -> Work:
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
     keys, values = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
     per_pair = 2 * layers * model.num_attention_heads
-    pairs = causal_pairs(length) / length  # per query
+    pairs = causal_pairs(length, kernel=in_kernel(model)) / length  # per query
     useful = 3 * per_pair * (keys + values) * length / 2
     # forward two products; backward the scores again, then two products for each of the two
     products = 3 * (keys + values) + keys + (keys + values if model.remat == "full" else 0)

@@ -52,12 +52,12 @@ def test_the_planners_figures_stand_beside_xlas_with_a_reason_where_they_are_apa
     assert {row.key for row in compared.rows} == set(aot.REASONS)
     apart = {row.key: row.values[2] for row in compared.rows}
     assert abs(apart["arguments"]) < 0.01 and apart["others"] < -0.9
-    share = make_share(config, 8)
+    share = make_share(config, 8, "tpu")
     reasons = aot.reasons(share, compiled, compared)
     assert aot.REASONS["others"] in reasons and aot.REASONS["arguments"] not in reasons
     counted = " ".join(scaled(plan.value("flops", "buffers"), "FLOP"))
     assert any(f"multiply every row that a round has room for, with which the planner counts {counted}" in r for r in reasons)
-    on_gpu = aot.reasons(share, compiled._replace(target=target._replace(platform="cuda")), compared)
+    on_gpu = aot.reasons(make_share(config, 8), compiled._replace(target=target._replace(platform="cuda")), compared)
     rows = 4 * share.received_rows * (2 * 64 + 3 * 32) * 4 / 2**20  # four experts a rank
     assert any(f"rows masked for each expert, of both products' operands, take {rows:.3f} MiB" in r for r in on_gpu)
     assert {row.key: row.values[1:] for row in collectives.rows} == {
