@@ -140,3 +140,16 @@ def test_a_target_that_does_not_exist_is_one_line(tmp_path):
     command = [sys.executable, "-m", "experiments.plan", "--aot=tpu:v9:2x2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu: `make test-slow` installs it")
+@pytest.mark.parametrize(("chip", "fp8"), [("tpu:v6e:2x2", "report"), ("tpu:tpu7x:2x2x1", "null")])
+def test_a_small_model_s_step_with_the_kernels_compiles_too(tmp_path, chip, fp8):
+    """Sides that are no multiples of a block, or of a register: 16 experts in 4 groups."""
+    command = [
+        sys.executable, "-m", "experiments.plan", "--preset=tiny", f"--aot={chip}", f"--out={tmp_path}", f"--set=fp8={fp8}",
+        "--set=layout=fully_sharded", "--set=batch_size=8", "--set=batch_size_start=8", "--set=n_routed_experts=16",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=with_libtpu())
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -5,7 +5,6 @@ of elementwise ones, which takes a few cycles where one across lanes takes a hun
 token gets is written as [K, N], which in memory is as small as it looks; [N, K] would be padded to 128 lanes.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,16 +73,19 @@ def choose(logits_NE: jax.Array, bias_E: jax.Array, how: How, *, interpret: Any)
             s_EN[:experts, :] = scores[at, :].T
             group = _iota((how.n_group, width), 0)
 
-            def of_group(g: Any) -> Any:
-                return pl.ds(pl.multiple_of(g * size, math.gcd(size, SUBLANES)), size)
-
-            def prepare(g: Any, total: Any) -> Any:
-                own = of_group(g)
+            def prepare(g: Any, total: Any, own: Any) -> Any:
                 values = _without_nan(s_EN[own, :] + bias[own, :])
                 left[own, :] = values
-                return jnp.where(group == g.astype(jnp.float32), _sum_of_largest(values, how.group_score_topk), total)
+                return jnp.where(group == jnp.asarray(g, jnp.float32), _sum_of_largest(values, how.group_score_topk), total)
 
-            total = lax.fori_loop(0, how.n_group, prepare, jnp.zeros((how.n_group, width), jnp.float32))
+            total = jnp.zeros((how.n_group, width), jnp.float32)
+            if size % SUBLANES == 0:
+                total = lax.fori_loop(
+                    0, how.n_group, lambda g, total: prepare(g, total, pl.ds(pl.multiple_of(g * size, size), size)), total
+                )
+            else:  # groups that begin within a register, at a place that must be known
+                for g in range(how.n_group):
+                    total = prepare(g, total, slice(g * size, (g + 1) * size))
             if how.topk_group < how.n_group:
                 limit = _limits(total, how.topk_group)
                 for g in range(how.n_group):
