@@ -2,8 +2,8 @@
 
 A program takes a block of columns and one entry of the list of (group, tile of rows), as in `kernels.grouped`. Each step of its
 loop multiplies one tile of the contraction and adds the scaled sum to registers. The tile becomes bfloat16, exactly, on its way
-from memory: of FP8 operands Triton, as JAX lowers to it, makes sm_80's instruction in float16, of bfloat16 ones sm_90's. Operands
-whose sides are no multiples of the blocks are padded, so that no load is guarded.
+from memory: of FP8 operands Triton, as JAX lowers to it, makes sm_80's instruction in float16, of bfloat16 ones sm_90's.
+Operands whose sides are no multiples of the blocks are padded, so that no load is guarded.
 """
 
 import math
