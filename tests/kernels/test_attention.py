@@ -148,6 +148,18 @@ def test_more_queries_than_a_span_are_taken_in_several(monkeypatch):
     check("pallas_tpu:interpret", jnp.float32, SOME)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", [256, 384])
+def test_products_as_wide_as_newer_chips_matrix_units(monkeypatch, tile):
+    """Of 256 columns, and of what is left of a tile."""
+    blocks = pallas_tpu.Blocks(queries=tile, keys=tile, tile=tile, height=128, chunk=64, columns=256)
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", blocks)
+    backward = pallas_tpu_backward.Blocks(block=tile, tile=tile, chunk=64, span=2 * tile, columns=256)
+    monkeypatch.setattr(pallas_tpu_backward, "BLOCKS", backward)
+    segments = np.repeat([[3, 1, 0, 1, 2, 0]], [100, 160, 20, 90, 200, 30], axis=1)
+    check("pallas_tpu:interpret", jnp.float32, ((1, 1, 520, 600, 16, 8, 24), segments, 0, (1.0, 1.0)))
+
+
 @EACH
 @pytest.mark.parametrize("sizes", [(0, 2, 4, 4), (1, 0, 4, 4), (1, 2, 0, 4), (1, 2, 0, 0)])
 def test_without_a_query_nothing_is_computed(implementation, sizes):
