@@ -78,7 +78,8 @@ def forward_cost(length: int, blocks: pallas_tpu.Blocks, heads: int = HEADS) -> 
 def backward_cost(length: int, blocks: pallas_tpu_backward.Blocks, heads: int = HEADS) -> Cost:
     """Of `pallas_tpu_backward.backward` with as many queries as keys, of several blocks, within one span.
 
-    `trips`: of starts (keys, rotary keys, queries), tiles of keys, of queries with them, finishes (queries, keys, rotary keys).
+    `trips`: of starts (keys, rotary keys, queries), tiles of keys, of queries with them where scores are masked and where not,
+    finishes (queries, keys, rotary keys).
     """
     tile = min(blocks.tile, length)
     block = min(blocks.block, -(-length // tile) * tile)
@@ -86,15 +87,17 @@ def backward_cost(length: int, blocks: pallas_tpu_backward.Blocks, heads: int = 
     each = heads // cores
     if n == 1 or length > blocks.span:
         raise ValueError(f"backward: expected several blocks of {block} in a span of {blocks.span}, got {length}")
-    outer = inner = 0
+    outer = masked = whole = 0
     for j in range(n):
         for i in range(j, n):
             outer += tiles
             for keys in range(tiles):
                 behind = (j - i) * block + keys * tile
-                inner += tiles - min(max(behind, 0) // tile, tiles)
+                first, all_of_it = (min(max(n, 0) // tile, tiles) for n in (behind, behind + 2 * tile - 2))
+                masked, whole = masked + all_of_it - first, whole + tiles - all_of_it
     steps = n * n
-    trips = (1 / n, 1 / n / each, 1 / n, outer / steps, inner / steps, 1 / n, 1 / n, 1 / n / each)
+    loops = outer / steps, masked / steps, whole / steps
+    trips = (1 / n, 1 / n / each, 1 / n, *loops, 1 / n, 1 / n, 1 / n / each)
 
     def of_query(c: int, h: int, j: int, i: int) -> tuple[int, int, int]:
         return c * each + h, max(i, j), 0
@@ -123,7 +126,7 @@ def backward_cost(length: int, blocks: pallas_tpu_backward.Blocks, heads: int = 
     least = sum(x.bytes for x in [*inputs, *outputs[:4]]) + length * ROPE * REAL.itemsize
     return Cost(
         heads * steps, trips, moved((cores, each, n, n), [*inputs, *outputs]), least,
-        heads * inner * tile * tile * BACKWARD, least_flops(length, BACKWARD, heads),
+        heads * (masked + whole) * tile * tile * BACKWARD, least_flops(length, BACKWARD, heads),
     )  # fmt: skip
 
 

@@ -82,7 +82,8 @@ def test_attention_s_backward_tiles_are_those_that_a_query_sees(length, heads):
     cost = _bench_attention.backward_cost(length, pallas_tpu_backward.Blocks(block=256, tile=128, span=4096), heads)
     n, tiles = length // 256, length // 128
     seen = sum(q >= k for q in range(tiles) for k in range(tiles))
-    assert cost.steps == heads * n * n and cost.trips[4] == seen / n**2 and cost.trips[3] == 2 * (n * (n + 1) // 2) / n**2
+    assert cost.steps == heads * n * n and cost.trips[3] == 2 * (n * (n + 1) // 2) / n**2
+    assert cost.trips[4:6] == (tiles / n**2, (seen - tiles) / n**2)  # those on the diagonal are masked
     assert cost.flops == heads * seen * 128 * 128 * 1664
     assert cost.flops / cost.least_flops == pytest.approx((tiles + 1) / (tiles + 1 / 128), rel=1e-6)
     assert cost.least_bytes < cost.bytes

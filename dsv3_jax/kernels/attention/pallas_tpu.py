@@ -32,8 +32,9 @@ class Blocks(NamedTuple):
     columns: int = LANES  # keys of one product
 
 
+# What needed the fewest bundles, see `experiments.bench_kernels`; other chips as v5p.
 BLOCKS = Blocks()
-BLOCKS_OF_CHIP = dict.fromkeys(("TPU v6 lite", "TPU7x"), Blocks(columns=256))  # as wide as their matrix units
+BLOCKS_OF_CHIP = dict.fromkeys(("TPU v6 lite", "TPU7x"), Blocks(columns=512))
 
 
 def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None) -> tuple[jax.Array, jax.Array]:

@@ -33,8 +33,9 @@ class Blocks(NamedTuple):
     columns: int = LANES  # queries of one product
 
 
-BLOCKS = Blocks()
-BLOCKS_OF_CHIP = dict.fromkeys(("TPU v6 lite", "TPU7x"), Blocks(columns=256))  # as wide as their matrix units
+# What needed the fewest bundles, see `experiments.bench_kernels`; other chips as v5p.
+BLOCKS = Blocks(columns=256)
+BLOCKS_OF_CHIP = dict.fromkeys(("TPU v6 lite", "TPU7x"), Blocks(columns=512))
 
 
 def backward(
@@ -92,7 +93,7 @@ def backward(
         def start_queries() -> None:
             dq_all[:, of_block] = jnp.zeros((C + R, block), jnp.float32)
 
-        def add(keys: Any, b: Any, _: None) -> None:
+        def add(keys: Any, masked: bool, b: Any, _: None) -> None:
             of_q_all = pl.ds(pl.multiple_of(i * block + b * tile, tile), tile)
             of_k, of_q = (pl.ds(pl.multiple_of(n * tile, tile), tile) for n in (keys, b))
             keys_ = beside(k[of_k, :], k_rope[of_k, :])
@@ -104,12 +105,13 @@ def backward(
             for first in range(0, tile, blocks.chunk):
                 at, shape = slice(first, first + blocks.chunk), (blocks.chunk, tile)
                 p = jnp.exp2(scores[at, :] * (scale * LOG2E) - lse[:, of_q])
-                key = lax.broadcasted_iota(jnp.int32, shape, 0) + (j * block + keys * tile + first)
-                seen = key <= lax.broadcasted_iota(jnp.int32, shape, 1) + (offset + i * block + b * tile)
-                for column in others_column:
-                    rows = pl.ds(pl.multiple_of(keys * tile + first, blocks.chunk), blocks.chunk)
-                    seen = seen & (wide(column[rows, :], tile) == jnp.broadcast_to(own[:, of_q], shape))
-                p = jnp.where(seen, p, 0.0)
+                if masked:
+                    key = lax.broadcasted_iota(jnp.int32, shape, 0) + (j * block + keys * tile + first)
+                    seen = key <= lax.broadcasted_iota(jnp.int32, shape, 1) + (offset + i * block + b * tile)
+                    for column in others_column:
+                        rows = pl.ds(pl.multiple_of(keys * tile + first, blocks.chunk), blocks.chunk)
+                        seen = seen & (wide(column[rows, :], tile) == jnp.broadcast_to(own[:, of_q], shape))
+                    p = jnp.where(seen, p, 0.0)
                 weights[at, :] = p.astype(weights.dtype)
                 d_scores[at, :] = (p * (d_weights[at, :] - delta[:, of_q])).astype(d_scores.dtype)
             dv_sum[of_k, :] += dot(weights[...], d_out[of_q, :], 1, 0)
@@ -118,7 +120,12 @@ def backward(
 
         def add_keys(keys: Any, _: None) -> None:
             behind = j * block + keys * tile - offset - i * block  # the tile's first key, counted from the first query
-            lax.fori_loop(jnp.clip(lax.div(jnp.maximum(behind, 0), tile), 0, tiles), tiles, partial(add, keys), None)
+            first, whole = (jnp.clip(lax.div(jnp.maximum(n, 0), tile), 0, tiles) for n in (behind, behind + 2 * tile - 2))
+            if segments:
+                return lax.fori_loop(first, tiles, partial(add, keys, True), None)
+            # Queries from the tile's last key on see all of it: there nothing is compared.
+            lax.fori_loop(first, whole, partial(add, keys, True), None)
+            lax.fori_loop(whole, tiles, partial(add, keys, False), None)
 
         pl.when(i >= first_of(j))(lambda: lax.fori_loop(0, tiles, add_keys, None))
         dq, dq_rope, dk, dk_rope, dv = outs
