@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from dsv3_jax.bits import bits_dtype, from_bits, to_bits
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.serving import joined
+from dsv3_jax.kernels.attention.api import mla_attention
 from dsv3_jax.kernels.decode.api import paged_decode_attention
 from dsv3_jax.kernels.decode.work import splits_for
 from dsv3_jax.kernels.modes import chosen
@@ -194,10 +195,14 @@ def _softmax(scores_BHTS: Array, visible_BTS: Array, config: ModelConfig) -> Arr
     return jax.nn.softmax(scores, axis=-1)
 
 
+def _content_and_values(params: Mapping[str, Any], rows_BSC: Array, config: ModelConfig) -> tuple[Array, Array]:
+    c_kv = rows_BSC[..., : config.kv_lora_rank]
+    return jnp.einsum("bsc,hdc->bhsd", c_kv, params["k_up"]), jnp.einsum("bsc,hcw->bhsw", c_kv, params["v_up"])
+
+
 def _keys_and_values(params: Mapping[str, Any], rows_BSC: Array, config: ModelConfig) -> tuple[Array, Array]:
     """All heads' keys [B, H, S, K] and values, from rows of latents."""
-    c_kv = rows_BSC[..., : config.kv_lora_rank]
-    k_content, v = jnp.einsum("bsc,hdc->bhsd", c_kv, params["k_up"]), jnp.einsum("bsc,hcw->bhsw", c_kv, params["v_up"])
+    k_content, v = _content_and_values(params, rows_BSC, config)
     k_rope = rows_BSC[:, None, :, config.kv_lora_rank : cache_width(config)]
     k_rope = jnp.broadcast_to(k_rope, (*k_content.shape[:3], k_rope.shape[-1]))
     return jnp.concatenate([k_content, k_rope], axis=-1), v
@@ -212,10 +217,15 @@ def _expanded(params: Mapping[str, Any], q_BHTK: Array, rows_BSC: Array, visible
 
 def _first(params: Mapping[str, Any], q_BHTK: Array, rows_BTC: Array, config: ModelConfig) -> Array:
     """Queries that see only each other: half of the square is not computed."""
-    if config.attention == "mla":
+    if config.attention != "mla":
+        k, v = _plain_keys_and_values(rows_BTC, config)
+    elif (how := chosen(config.attention_implementation, "blockwise")) == "blockwise":
         k, v = _keys_and_values(params, rows_BTC, config)
     else:
-        k, v = _plain_keys_and_values(rows_BTC, config)
+        nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
+        k, v = _content_and_values(params, rows_BTC, config)
+        operands = q_BHTK[..., :nope], q_BHTK[..., nope:], k, rows_BTC[..., rank:], v
+        return mla_attention(*varying_like(operands, operands), None, softmax_scale(config), implementation=how)
     q = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=k.shape[1])
     return rearrange(causal_attention(q, k, v, None, softmax_scale(config)), "b g q t w -> b (g q) t w")
 

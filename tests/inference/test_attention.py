@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import attention
 from dsv3_jax.inference.attention import cache_width, cached_attention, views, visible_BTS, written
+from dsv3_jax.kernels.attention.api import mla_attention
 from dsv3_jax.model import rope
 from oracles import faults, numpy_attention
 from oracles.decoding import tiny
@@ -211,6 +212,24 @@ def test_the_kernel_sees_of_a_stack_s_caches_one_layer_s_rows_and_of_them_what_i
     out, new_rows = run(part(x_BTD, start_B, length).astype(np.float32), stack, start_B)
     np.testing.assert_allclose(out, part(expected, start_B, length), atol=TOLERANCE)
     assert np.all(np.asarray(new_rows)[[0, 2]] == np.float32(GARBAGE))
+
+
+@pytest.mark.parametrize("how", ["pallas_tpu:interpret", pytest.param("pallas_gpu:interpret", marks=pytest.mark.slow)])
+def test_a_prompt_s_beginning_goes_through_the_kernel_of_training(how, monkeypatch):
+    called = []
+    monkeypatch.setattr(attention, "mla_attention", lambda *a, **k: called.append(k) or mla_attention(*a, **k))
+    config = replace(model("mla").config, attention_implementation=how)
+    params, (x_BTD, expected) = model("mla").model.layers[0][0]["self_attn"], whole("mla")
+
+    @jax.jit
+    def run(x, rows, start_B):
+        tables = rope.rope_tables(start_B[:, None] + jnp.arange(CHUNK, dtype=jnp.int32)[None, :], config)
+        return cached_attention(params, x, rows, start_B, tables, config, absorbed=False)
+
+    start_B, rows = np.zeros(BATCH, np.int32), np.full((BATCH, SIZE, cache_width(config)), GARBAGE, np.float32)
+    out, _ = run(part(x_BTD, start_B, CHUNK).astype(np.float32), rows, start_B)
+    np.testing.assert_allclose(out, part(expected, start_B, CHUNK), atol=TOLERANCE)
+    assert called[0]["implementation"] == how
 
 
 def test_a_kernel_s_cache_has_whole_tiles_of_a_tpu_s_memory():
