@@ -225,7 +225,8 @@ def _first(params: Mapping[str, Any], q_BHTK: Array, rows_BTC: Array, config: Mo
         nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
         k, v = _content_and_values(params, rows_BTC, config)
         operands = q_BHTK[..., :nope], q_BHTK[..., nope:], k, rows_BTC[..., rank:], v
-        return mla_attention(*varying_like(operands, operands), None, softmax_scale(config), implementation=how)
+        q, q_rope, k, k_rope, v = varying_like(operands, operands)
+        return mla_attention(q, q_rope, k, k_rope, v, None, softmax_scale(config), implementation=how)
     q = rearrange(q_BHTK, "b (g q) t k -> b g q t k", g=k.shape[1])
     return rearrange(causal_attention(q, k, v, None, softmax_scale(config)), "b g q t w -> b (g q) t w")
 
