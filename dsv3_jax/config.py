@@ -99,7 +99,7 @@ class Fp8Recipe:
         )
 
     @property
-    def in_kernels(self) -> bool:
+    def fits_kernels(self) -> bool:
         """Whether our kernels compute its products: a scale for each 128 values, sums in float32."""
         return (self.tile, self.scaling, self.gradient_scaling, self.accumulation) == (128, "fine", "tile", "float32")
 
@@ -193,12 +193,12 @@ class ModelConfig:
             self.fp8 is None or self.experts_implementation != "dense",
             "experts_implementation: FP8 has auto, bucketed, ragged_dot and kernels, got 'dense'",
         )
-        kernels = [name for name in ("fp8", "experts") if getattr(self, f"{name}_implementation") in typing.get_args(PALLAS)]
-        require(
-            self.fp8 is None or self.fp8.in_kernels or not kernels,
-            f"{'_'.join(kernels[:1])}_implementation: kernels have FP8 with tile=128, scaling=fine, gradient_scaling=tile and "
-            "accumulation=float32, got another recipe; expected auto",
-        )
+        for name in ("fp8_implementation", "experts_implementation"):
+            require(
+                self.fp8 is None or self.fp8.fits_kernels or getattr(self, name) not in typing.get_args(PALLAS),
+                f"{name}: kernels have FP8 with tile=128, scaling=fine, gradient_scaling=tile and accumulation=float32, "
+                "got another recipe; expected auto",
+            )
         for name, plain in (("attention_implementation", "blockwise"), ("decode_implementation", "views")):
             require(
                 self.attention == "mla" or getattr(self, name) in ("auto", plain),

@@ -42,11 +42,13 @@ class Products:
             return kernels.quantise(x, how, implementation=self.implementation)
         return quantise(x, how, before)
 
-    def rounded_transposed(self, x: Any, how: Quantiser) -> Quantised:
-        """Of x [M, K], an array or as it was rounded in tiles along K: in tiles along M, and transposed, by a kernel."""
+    def rounded_along_rows(self, x: Any, before: Float[Array, ""] | None = None) -> Quantised:
+        """x [N, I], an array or as it was kept, as Wgrad's first operand: for kernels, which want it so, transposed."""
+        if not self.in_kernels:
+            return quantise(x.astype(jnp.float32), self.x_wgrad, before)
         if isinstance(x, Quantised) and x.form.bits == 8 and x.tile == (1, FP8_BLOCK):
-            return kernels.requantise_transposed(x, how, implementation=self.implementation)
-        return self.rounded(x.astype(jnp.float32), how).T
+            return kernels.requantise_transposed(x, self.x_wgrad, implementation=self.implementation)
+        return self.rounded(x.astype(jnp.float32), self.x_wgrad).T
 
 
 def keep(x: Float[Array, "N C"], how: Quantiser) -> Quantised:
@@ -79,12 +81,9 @@ def dgrad(dy: Float[Array, "N O"], weight: Any, how: Products, dtype: Any, befor
 
 def wgrad(x: Any, dy: Float[Array, "N O"], how: Products, dtype: Any, before: Amax = NOT_DELAYED) -> Float[Array, "I O"]:
     """`x` [N, I]: an array, or as it was kept."""
-    dy8 = how.rounded(dy, how.gradient_wgrad, before.gradient)
+    x8, dy8 = how.rounded_along_rows(x, before.x), how.rounded(dy, how.gradient_wgrad, before.gradient)
     if how.in_kernels:
-        return scaled_product(
-            how.rounded_transposed(x, how.x_wgrad), dy8, dtype=jnp.float32, implementation=how.implementation
-        ).astype(dtype)  # fmt: skip
-    x8 = quantise(x.astype(jnp.float32), how.x_wgrad, before.x)
+        return scaled_product(x8, dy8, dtype=dtype, implementation=how.implementation)
     return product(x8.T, dy8, how.accumulation).astype(dtype)
 
 

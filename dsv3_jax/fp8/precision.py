@@ -30,8 +30,7 @@ def products(config: ModelConfig, operation: str) -> Products | None:
     recipe = config.fp8
     if recipe is None or not (operation in LINEAR or (operation == "gate" and recipe.router)):
         return None
-    name = config.fp8_implementation
-    return _products(recipe, operation, chosen(name, "xla") if recipe.in_kernels or name != "auto" else "xla")
+    return _products(recipe, operation, chosen(config.fp8_implementation, "xla", possible=recipe.fits_kernels))
 
 
 def is_linear(path: Sequence[Any], config: ModelConfig) -> bool:

@@ -43,7 +43,7 @@ def cache_width(config: ModelConfig) -> int:
 
 def implementation(config: ModelConfig, platform: str | None = None) -> str:
     """Of attention over the cache; `platform`: of the devices, where there is no mesh around."""
-    return chosen(config.decode_implementation, "views", platform) if config.attention == "mla" else "views"
+    return chosen(config.decode_implementation, "views", platform, possible=config.attention == "mla")
 
 
 def cache_shape(config: ModelConfig, batch: int, size: int, platform: str) -> tuple[int, int, int]:
@@ -165,10 +165,8 @@ def _kernel(
     q_BTHK = jnp.swapaxes(_latent_queries(params, q_BHTK, config), 1, 2)
     pages_PSC = from_bits(rows, q_BHTK.dtype).reshape(-1, *rows.shape[-2:])
     page_B = jnp.arange(batch, dtype=jnp.int32) + (0 if layer is None else layer * batch)
-    operands = q_BTHK, pages_PSC, page_B[:, None], start_B + length
-    operands = varying_like(operands, operands)
     z_BTHC, _ = paged_decode_attention(
-        *operands, latent=rank, scale=softmax_scale(config), implementation=how,
+        q_BTHK, pages_PSC, page_B[:, None], start_B + length, latent=rank, scale=softmax_scale(config), implementation=how,
         splits=splits_for(how, batch, length * heads, rows.shape[-2]),
     )  # fmt: skip
     return jnp.einsum("bthc,hcw->bhtw", z_BTHC, params["v_up"])

@@ -32,11 +32,12 @@ def mode_of(name: str, known: Sequence[str]) -> Mode:
 
 
 def result(shape: tuple[int, ...], dtype: Any, like: Any, interpret: Any) -> jax.ShapeDtypeStruct:
-    """An output of a kernel. On a mesh it varies over the axes that the operands vary over, all of them as `like`.
+    """An output of a kernel. On a mesh it varies over the axes that any of `like`, an operand or several, varies over.
 
     Raises ValueError where an interpreted kernel is asked for on a mesh, which JAX's interpreters do not run on.
     """
-    axes = jax.typeof(like).manual_axis_type
+    types = [jax.typeof(a).manual_axis_type for a in jax.tree.leaves(like)]
+    axes = types[0].update(varying=frozenset().union(*(t.varying for t in types)))
     if interpret and axes.varying:
         raise ValueError(
             "implementation: expected one that is compiled on a mesh, got an interpreted one; leave out :interpret or :simulate"
@@ -44,22 +45,26 @@ def result(shape: tuple[int, ...], dtype: Any, like: Any, interpret: Any) -> jax
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
+def _device() -> Any:
+    """Of the mesh around, or else the default one."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def chip() -> str:
-    """The kind of device, as JAX names it: of the mesh around, or else of the default device."""
-    if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
-        return device.device_kind
-    return jax.devices()[0].device_kind
+    """The kind of device, as JAX names it."""
+    return _device().device_kind
 
 
 def platform() -> str:
-    """cpu, tpu or gpu: of the mesh around, or else of the default device."""
-    if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
-        return device.platform
-    return jax.default_backend()
+    """cpu, tpu or gpu."""
+    return _device().platform
 
 
-def chosen(name: str, otherwise: str, on: str | None = None) -> str:
-    """`name`, or what "auto" stands for where there is a kernel: it on TPU, `otherwise` elsewhere. `on`: another `platform`."""
+def chosen(name: str, otherwise: str, on: str | None = None, *, possible: bool = True) -> str:
+    """`name`, or what "auto" stands for: the kernel on TPU where it is `possible`, `otherwise` elsewhere.
+
+    `on`: another platform than that of the device around.
+    """
     if name != "auto":
         return name
-    return "pallas_tpu" if (on or platform()) == "tpu" else otherwise
+    return "pallas_tpu" if possible and (on or platform()) == "tpu" else otherwise

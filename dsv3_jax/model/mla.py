@@ -128,7 +128,7 @@ def _core(
 ) -> tuple[Float[Array, "B H T W"], Quantised | None]:
     """Eqs. 10-11 of rotated heads; and the output as `cache` rounds it, for the backward pass and for the projection after."""
     q, q_rope, k, k_rope, v = heads
-    how = chosen(config.attention_implementation, "blockwise") if config.attention == "mla" else "blockwise"
+    how = chosen(config.attention_implementation, "blockwise", possible=config.attention == "mla")
     if how == "blockwise":
         k_rope = jnp.broadcast_to(k_rope, (*k.shape[:3], k_rope.shape[-1]))
         q_BHTK, k_BGTK = jnp.concatenate([q, q_rope], axis=-1), jnp.concatenate([k, k_rope], axis=-1)

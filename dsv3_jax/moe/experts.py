@@ -27,6 +27,7 @@ from dsv3_jax import remat
 from dsv3_jax.bits import from_bits, to_bits
 from dsv3_jax.config import PALLAS
 from dsv3_jax.kernels.grouped.api import grouped_swiglu
+from dsv3_jax.kernels.modes import chosen
 from dsv3_jax.moe.dispatch import Plan, combine, dispatch, make_plan, sum_rows, take_rows
 from dsv3_jax.parallel.collectives import varying_like
 from dsv3_jax.weights import is_stored
@@ -40,7 +41,7 @@ BLOCK = 64
 
 def chosen_implementation(name: str, platform: str) -> str:
     """`name`, or what "auto" stands for on cpu, tpu or gpu."""
-    return name if name != "auto" else {"cpu": "bucketed", "tpu": "pallas_tpu"}.get(platform, "ragged_dot")
+    return chosen(name, "bucketed" if platform == "cpu" else "ragged_dot", platform)
 
 
 def routed_experts(

@@ -24,6 +24,7 @@ from dsv3_jax.fp8.delayed import Amax, largest, magnitude, observed, parted
 from dsv3_jax.fp8.linear import Products, keep, packed, rounded_weight
 from dsv3_jax.fp8.precision import products, swiglu_cache
 from dsv3_jax.fp8.quantize import Quantised, Quantiser, quantise
+from dsv3_jax.kernels.modes import chosen
 from dsv3_jax.kernels.quantise.api import swiglu_quantise
 from dsv3_jax.kernels.scaled.api import grouped_scaled_outer, grouped_scaled_product
 from dsv3_jax.model.layers import silu_times
@@ -77,11 +78,8 @@ def _rows(plan: Plan, block: int) -> Rows:
 
 def chosen_fp8_implementation(name: str, platform: str, recipe: Fp8Recipe) -> str:
     """`name`, or what "auto" stands for on cpu, tpu or gpu."""
-    if name != "auto":
-        return name
-    if platform == "tpu" and recipe.in_kernels:
-        return "pallas_tpu"
-    return "bucketed" if platform == "cpu" or recipe.accumulation != "float32" else "ragged_dot"
+    otherwise = "bucketed" if platform == "cpu" or recipe.accumulation != "float32" else "ragged_dot"
+    return chosen(name, otherwise, platform, possible=recipe.fits_kernels)
 
 
 def fp8_routed_experts(
@@ -158,12 +156,12 @@ def _backward(how: How, saved: Any, dy_ND: Array) -> Any:
     dg, du = (of_up.rounded(d, of_up.gradient, b.gradient) for d, b in zip((dg_XF, du_XF), before[:2], strict=True))
     dx_XD = grouped(dg, gate, of=of_up) + grouped(du, up, of=of_up)
 
-    x_wgrad = _along_rows(_of_tokens(x, rows), of_up, before[0].x)
+    x_wgrad = of_up.rounded_along_rows(_of_tokens(x, rows), before[0].x)
     dg, du = (of_up.rounded(d, of_up.gradient_wgrad, b.gradient) for d, b in zip((dg_XF, du_XF), before[:2], strict=True))
     dgate, dup = (outer(x_wgrad, d, of=of_up) for d in (dg, du))
     a_XF = h_XF * gates_X1
     dy_wgrad = of_down.rounded(dy_XD.astype(jnp.float32), of_down.gradient_wgrad, before[2].gradient)
-    ddown = outer(_along_rows(a_XF, of_down, before[2].x), dy_wgrad, of=of_down)
+    ddown = outer(of_down.rounded_along_rows(a_XF, before[2].x), dy_wgrad, of=of_down)
 
     dx_ND = _sum(dx_XD, rows).astype(dy_ND.dtype)
     dgates_NK = jnp.append(dgates_X, 0)[rows.row_NK]
@@ -204,11 +202,6 @@ def _sum(rows_XD: Array, rows: Rows) -> Array:
     return sum_rows(jnp.pad(rows_XD, ((0, 1), (0, 0))), rows.row_NK)
 
 
-def _along_rows(x: Any, of: Products, before: Array | None) -> Quantised:
-    """x [X, I] rounded in tiles along the rows; for kernels transposed, [I, X]."""
-    return of.rounded_transposed(x, of.x_wgrad) if of.in_kernels else quantise(x.astype(jnp.float32), of.x_wgrad, before)
-
-
 def _grouped(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How, transposed: bool = False) -> Array:
     """[X, I] times each row's own expert's of [E, I, O], or `transposed` [E, O, I], float32."""
     accumulation = of.accumulation
@@ -232,7 +225,7 @@ def _grouped(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How, 
 
 
 def _outer(a: Quantised, b: Quantised, *, of: Products, rows: Rows, how: How) -> Array:
-    """For each expert, the sum over its rows of [X, I]^T [X, O]: [E, I, O], float32. `a` as `_along_rows` gives it."""
+    """For each expert, the sum over its rows of [X, I]^T [X, O]: [E, I, O], float32. `a` as `rounded_along_rows` has it."""
     if of.in_kernels:
         return grouped_scaled_outer(a, b, rows.count_E, dtype=jnp.float32, implementation=of.implementation)
     accumulation, n_experts = of.accumulation, rows.count_E.shape[0]

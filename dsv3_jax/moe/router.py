@@ -90,8 +90,8 @@ def route(
 
 def _implementation(config: ModelConfig) -> str:
     """Of the choice. Somebody else's functions have no kernel: left to choose, they run without."""
-    name, builtin = config.router_implementation, config.scoring_func in SCORE_FUNCTIONS and config.topk_method in SELECTORS
-    return chosen(name, "top_k") if builtin or name != "auto" else "top_k"
+    builtin = config.scoring_func in SCORE_FUNCTIONS and config.topk_method in SELECTORS
+    return chosen(config.router_implementation, "top_k", possible=builtin)
 
 
 def check_router(config: ModelConfig) -> None:

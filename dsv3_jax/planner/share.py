@@ -173,8 +173,8 @@ def matrix(axes: tuple[str, ...], shape: tuple[int, ...]) -> Matrix:
 
 
 def in_kernel(model: ModelConfig) -> bool:
-    """Whether attention's scores never leave the chip."""
-    return model.attention_implementation not in ("auto", "blockwise")
+    """Whether attention's scores never leave the chip; of a share's model, where "auto" is resolved."""
+    return model.attention_implementation != "blockwise"
 
 
 def make_share(config: Config, chips: int, platform: str = "gpu") -> Share:
@@ -185,9 +185,8 @@ def make_share(config: Config, chips: int, platform: str = "gpu") -> Share:
     model = config.model
     if model.fp8 is None:
         config = override(config, {"experts_implementation": chosen_implementation(model.experts_implementation, platform)})
-    if model.attention == "mla":
-        how = chosen(model.attention_implementation, "blockwise", platform)
-        config = override(config, {"attention_implementation": how})
+    how = chosen(model.attention_implementation, "blockwise", platform, possible=model.attention == "mla")
+    config = override(config, {"attention_implementation": how})
     if config.model.experts_implementation == "dense":
         raise ValueError("experts_implementation: dense computes every expert on every token, for tests; plan another one")
     if chips < 1:

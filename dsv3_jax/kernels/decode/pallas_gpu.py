@@ -67,7 +67,6 @@ def attend(
     n_padded = n + rows_of_q
     first_BX, end_BX = runs(jnp.clip(length_B, 0, most), blocks.rows, splits)
     to_base_2, queries = scale * math.log2(math.e), n // heads
-    like = q_BNK[0, 0, 0] + cache_PSK[0, 0, 0]  # on a mesh either may vary where the other does not: heads, rows
 
     def kernel(first_BX: Any, end_BX: Any, length_B: Any, table: Any, cache: Any, *refs: Any) -> None:
         qs, (out, lse) = refs[: len(sides)], refs[len(sides) :]
@@ -110,8 +109,8 @@ def attend(
     call = pl.pallas_call(
         kernel,
         out_shape=[
-            result((splits, batch, n_padded, sides[0]), dtype, like, interpret),
-            result((splits, batch, n_padded), jnp.float32, like, interpret),
+            result((splits, batch, n_padded, sides[0]), dtype, (q_BNK, cache_PSK), interpret),
+            result((splits, batch, n_padded), jnp.float32, (q_BNK, cache_PSK), interpret),
         ],
         grid=(n_padded // blocks.queries, splits, batch),  # those that read the same rows run at the same time
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),

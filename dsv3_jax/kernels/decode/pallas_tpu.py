@@ -65,7 +65,6 @@ def attend(
     cores, columns = cores_for(n_parts), blocks.columns
     work = make_work(jnp.clip(length_B, 0, most), blocks.rows, splits, most, cores)
     to_base_2 = scale * math.log2(math.e)
-    like = q_BNK[0, 0, 0] + cache_PSK[0, 0, 0]  # on a mesh either may vary where the other does not: heads, rows
 
     def kernel(part_E: Any, block_E: Any, first_L: Any, table: Any, length_B: Any, q: Any, cache: Any, *refs: Any) -> None:
         out, lse, rows_DSK, arrived, scores, weights, sums, tops, totals = refs
@@ -190,8 +189,8 @@ def attend(
     call = pl.pallas_call(
         kernel,
         out_shape=[
-            result((n_parts, n, latent), dtype, like, interpret),
-            result((n_parts, 1, n), jnp.float32, like, interpret),
+            result((n_parts, n, latent), dtype, (q_BNK, cache_PSK), interpret),
+            result((n_parts, 1, n), jnp.float32, (q_BNK, cache_PSK), interpret),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
