@@ -6,7 +6,9 @@ name, JSON and the differences from the published recipe: `settings.py`.
 
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from dsv3_jax.checks import require, require_choice, require_known, require_positive
 
 PALLAS = Literal["pallas_tpu", "pallas_gpu", "pallas_tpu:interpret", "pallas_tpu:simulate", "pallas_gpu:interpret"]
 EXPERTS = Literal["auto", "bucketed", "ragged_dot", "dense", PALLAS]
@@ -16,35 +18,6 @@ ROUTER = Literal["auto", "top_k", PALLAS]
 FP8_PRODUCTS = Literal["auto", "xla", PALLAS]
 DTYPES = Literal["float32", "bfloat16"]
 FP8_FORMATS = Literal["e4m3", "e5m2"]
-
-
-def require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{name}: expected a positive number, got {value}")
-
-
-def _require_choice(config: Any) -> None:
-    """Every field annotated `Literal[...]` holds one of its values."""
-    hints = typing.get_type_hints(type(config))
-    for name, hint in hints.items():
-        if typing.get_origin(hint) is Literal:
-            value, choices = getattr(config, name), typing.get_args(hint)
-            require(value in choices, f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _require_known(name: str, value: str, builtin: tuple[str, ...]) -> None:
-    """A built-in's name, or `module:function` for somebody else's idea (resolved by `dsv3_jax.plugins`)."""
-    module, colon, function = value.partition(":")
-    require(
-        value in builtin or bool(module and colon and function),
-        f"{name}: expected one of {', '.join(builtin)} or package.module:function, got {value!r}",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +33,8 @@ class RopeScaling:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_choice(self)
-        _require_positive(self, "original_max_position_embeddings", "beta_fast", "beta_slow")
+        require_choice(self)
+        require_positive(self, "original_max_position_embeddings", "beta_fast", "beta_slow")
         require(self.factor >= 1, f"rope_scaling.factor: expected at least 1, got {self.factor}")
 
 
@@ -87,8 +60,8 @@ class Fp8Recipe:
     router: bool = False  # the gate as well, which the report leaves in its own precision
 
     def __post_init__(self) -> None:
-        _require_choice(self)
-        _require_positive(self, "tile", "amax_history", "promotion_interval")
+        require_choice(self)
+        require_positive(self, "tile", "amax_history", "promotion_interval")
         require(
             self.amax_floor >= 1e-32, f"amax_floor: expected at least 1e-32, a scale being a number too, got {self.amax_floor}"
         )
@@ -166,8 +139,8 @@ class ModelConfig:
     fp8_implementation: FP8_PRODUCTS = "auto"  # of linear operations in FP8, and of rounding their operands
 
     def __post_init__(self) -> None:
-        _require_choice(self)
-        _require_positive(
+        require_choice(self)
+        require_positive(
             self, "vocab_size", "hidden_size", "num_hidden_layers", "rms_norm_eps", "latent_norm_eps", "initializer_range",
             "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta",
             "max_position_embeddings", "intermediate_size", "routed_scaling_factor",
@@ -208,9 +181,9 @@ class ModelConfig:
             self._validate_router()
 
     def _validate_router(self) -> None:
-        _require_known("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
-        _require_known("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
-        _require_positive(self, "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+        require_known("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
+        require_known("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
+        require_positive(self, "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
         experts, groups, kept, k = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
         require(self.n_shared_experts >= 0, f"n_shared_experts: expected 0 or more, got {self.n_shared_experts}")
         require(experts % groups == 0, f"n_group: expected a divisor of n_routed_experts={experts}, got {groups}")
@@ -306,9 +279,9 @@ class TrainConfig:
     nonfinite_limit: int = 10  # skipped updates in a row before the run stops
 
     def __post_init__(self) -> None:
-        _require_choice(self)
-        _require_known("controller", self.controller, ("sign", "sequence", "batch", "classical", "none"))
-        _require_positive(
+        require_choice(self)
+        require_known("controller", self.controller, ("sign", "sequence", "batch", "classical", "none"))
+        require_positive(
             self, "schedule_tokens", "batch_size", "batch_size_start", "learning_rate", "adam_eps", "grad_clip", "ema_every",
             "loss_chunk_elements", "checkpoint_every", "keep_checkpoints", "nonfinite_limit",
         )  # fmt: skip
@@ -365,7 +338,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.seq_len > 1, f"seq_len: expected at least 2, got {self.seq_len}")
-        _require_positive(self, "eval_sequences", "shuffle_windows", "data_streams")
+        require_positive(self, "eval_sequences", "shuffle_windows", "data_streams")
         require(
             self.shuffle_windows == 1 or self.data_streams <= self.shuffle_windows,
             f"data_streams: expected at most shuffle_windows={self.shuffle_windows}, got {self.data_streams}",
@@ -400,11 +373,11 @@ class ParallelConfig:
     exchange_buffer: float = 1.25  # rows that a rank receives in one round, over its share in perfect balance
 
     def __post_init__(self) -> None:
-        _require_choice(self)
+        require_choice(self)
         for name in ("mesh_pipe", "mesh_data", "mesh_expert", "mesh_tensor"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}: expected null or a positive number, got {value}")
-        _require_positive(self, "node_size", "exchange_buffer")
+        require_positive(self, "node_size", "exchange_buffer")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dsv3_jax.config import Config, DataConfig, Fp8Recipe, ModelConfig, ParallelConfig, RopeScaling, TrainConfig, require
+from dsv3_jax.checks import require
+from dsv3_jax.config import Config, DataConfig, Fp8Recipe, ModelConfig, ParallelConfig, RopeScaling, TrainConfig
 
 ALIASES = {"selector": "topk_method"}  # the field's word for what config.json calls topk_method
 SECTIONS = ("model", "train", "data", "parallel")

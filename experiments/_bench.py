@@ -42,6 +42,11 @@ def show(line: Line) -> None:
     print(json.dumps(line), flush=True)
 
 
+def failure(error: Exception) -> Line:
+    """What stands in a line in the place of figures."""
+    return {"failed": " ".join(str(error).split())[:200]}
+
+
 def run_lines(command: Sequence[str], timeout: float) -> list[Line]:
     """The JSON objects that `command` prints, one a line; its other lines are ignored.
 

@@ -19,7 +19,7 @@ from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.planner import cubin
 from dsv3_jax.planner.targets import topology
 from dsv3_jax.presets import preset
-from experiments import _bench_attention
+from experiments import _bench, _bench_attention
 from experiments._bench_kernels import EXPERTS, HIDDEN, ROWS, WIDTH, quantisers, scaled
 from experiments._bench_roofline import names_of
 
@@ -99,7 +99,7 @@ def lines(chip: str, folder: Path, chosen: list[str]) -> Iterator[dict[str, Any]
             found = _assembled(set(folder.iterdir()) - before, ptxas, nvdisasm)
             yield from (head | line for line in found if line["entry"] in kernels)
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-            yield head | {"failed": " ".join(str(error).split())[:200]}
+            yield head | _bench.failure(error)
 
 
 def _assembled(paths: set[Path], ptxas: str, nvdisasm: str) -> Iterator[dict[str, Any]]:

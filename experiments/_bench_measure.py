@@ -17,7 +17,7 @@ from dsv3_jax.kernels.quantise.api import quantise
 from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.planner.chips import CHIPS
 from dsv3_jax.presets import preset
-from experiments import _bench_attention
+from experiments import _bench, _bench_attention
 
 PAIRS = 7
 
@@ -148,4 +148,4 @@ def lines(implementation: str, sizes: Sizes, chosen: list[str], pairs: int = PAI
             try:
                 yield {"device": kind} | measure(case, pairs, rates)
             except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-                yield {"device": kind, "kernel": case.kernel, "failed": " ".join(str(error).split())[:200]}
+                yield {"device": kind, "kernel": case.kernel} | _bench.failure(error)

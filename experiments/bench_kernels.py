@@ -113,8 +113,7 @@ def _child(chip: str, folder: Path) -> None:
         try:
             line |= measured(*compiled(case.run, case.operands, case.program), case, peak)
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-            line |= {"peer": case.program if case.peer else None, "blocks": list(case.blocks)}
-            line["failed"] = " ".join(str(error).split())[:200]
+            line |= {"peer": case.program if case.peer else None, "blocks": list(case.blocks)} | _bench.failure(error)
         _bench.show(line)
 
 
