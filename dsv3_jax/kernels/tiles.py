@@ -1,10 +1,12 @@
-"""What the kernels' bodies have in common: the hardware's tiles, padding to blocks, and the matrix product of a block."""
+"""What the kernels have in common: the hardware's tiles, blocks and padding to them, a block's product, what XLA is told."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 LANES = 128  # of a TPU's vector register
 MIB = 2**20
@@ -13,6 +15,18 @@ MIB = 2**20
 def up(size: int, step: int) -> int:
     """The next multiple of `step`."""
     return -(-size // step) * step
+
+
+def fitted(size: int, block: int, step: int, whole: int) -> tuple[int, int]:
+    """Block and step within it, no larger than a side of `size`; one that is less than a step is a multiple of `whole`."""
+    if size <= step:
+        return up(size, whole), up(size, whole)
+    return min(block, up(size, step)), step
+
+
+def aligned(i: Any, size: int) -> Any:
+    """The i-th piece of `size`, which on TPU must be known to begin at a multiple of it."""
+    return pl.ds(pl.multiple_of(i * size, size), size)
 
 
 def padded(x: jax.Array, step: int, axis: int = -2) -> jax.Array:
@@ -31,3 +45,9 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int = 1, b_axis: int = 0) -> jax.Arr
     """Of two blocks over these axes, in float32."""
     numbers = (((a_axis,), (b_axis,)), ((), ()))
     return lax.dot_general(a, b, numbers, precision=precision_of(a), preferred_element_type=jnp.float32)
+
+
+def estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
+    """For XLA's schedule, and for whoever adds up a program's FLOPs; each array is moved once."""
+    moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)

@@ -32,7 +32,7 @@ SHAPES = [(1, 1, 1), (5, 130, 7), (200, 300, 150), (130, 128, 300), (40, 700, 12
 def small_blocks(monkeypatch):
     """Several blocks along every side already of small operands."""
     small = pallas_tpu.Blocks(128, 256, 256, 128, 128)
-    monkeypatch.setattr(pallas_tpu, "V5P", small)
+    monkeypatch.setattr(pallas_tpu, "PRODUCTS", small)
     monkeypatch.setattr(pallas_tpu, "V5P_OUTER", small._replace(rows=256, inner=128, height=64))
     monkeypatch.setattr(pallas_gpu, "PRODUCTS", pallas_gpu.Blocks(32, 64, warps=4, stages=2))
     monkeypatch.setattr(pallas_gpu, "OUTER", pallas_gpu.Blocks(32, 64, warps=4, stages=2))

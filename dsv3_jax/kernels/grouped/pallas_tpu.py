@@ -10,7 +10,6 @@ they meet nothing there; sums over rows or over a ragged contraction select what
 is NaN.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dsv3_jax.kernels.grouped.call import PARTIAL, Epilogue, Out
 from dsv3_jax.kernels.grouped.work import make_work
 from dsv3_jax.kernels.modes import chip, result
-from dsv3_jax.kernels.tiles import LANES, MIB, dot, up
+from dsv3_jax.kernels.tiles import LANES, MIB, dot, estimate, fitted, up
 
 SUBLANES = 16
 
@@ -74,17 +73,10 @@ def outer_blocks_of(kind: str) -> Blocks:
     return OUTER.get(kind, V5P_OUTER)
 
 
-def _fitted(size: int, block: int, step: int, whole: int) -> tuple[int, int]:
-    """Block and step within it, no larger than a side of `size`; one that is less than a step is a multiple of `whole`."""
-    if size <= step:
-        return up(size, whole), up(size, whole)
-    return min(block, up(size, step)), step
-
-
 def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
     """No larger than the operands of [R, I] x [I, O]."""
     (tall, height), (wide, columns) = (
-        _fitted(rows, blocks.rows, blocks.height, SUBLANES), _fitted(outer, blocks.outer, blocks.columns, 1)
+        fitted(rows, blocks.rows, blocks.height, SUBLANES), fitted(outer, blocks.outer, blocks.columns, 1)
     )  # fmt: skip
     return blocks._replace(rows=tall, inner=min(inner, blocks.inner), outer=wide, height=height, columns=columns)
 
@@ -92,7 +84,7 @@ def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
 def fit_outer(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
     """No larger than the operands of [R, I]^T x [R, O]; an iteration's height is along I."""
     (deep, height), (wide, columns) = (
-        _fitted(inner, blocks.inner, blocks.height, 1), _fitted(outer, blocks.outer, blocks.columns, 1)
+        fitted(inner, blocks.inner, blocks.height, 1), fitted(outer, blocks.outer, blocks.columns, 1)
     )  # fmt: skip
     rows = min(blocks.rows, up(rows, SUBLANES))
     return blocks._replace(rows=rows, inner=deep, outer=wide, height=height, columns=columns)
@@ -216,7 +208,7 @@ def products(
             scratch_shapes=[pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)] * n_sums,
         ),
         compiler_params=_compiler(blocks, ("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=_estimate(2 * rows * inner * outer * len(weights), x_RI, *weights, *extras, *results),
+        cost_estimate=estimate(2 * rows * inner * outer * len(weights), x_RI, *weights, *extras, *results),
         name=name,
         interpret=interpret,
     )
@@ -282,7 +274,7 @@ def outer_products(
             ],
         ),
         compiler_params=_compiler(blocks, ("parallel", "parallel", "arbitrary")),
-        cost_estimate=_estimate(2 * rows * inner * outer, x_RI, y_RO, sums),
+        cost_estimate=estimate(2 * rows * inner * outer, x_RI, y_RO, sums),
         name=name,
         interpret=interpret,
     )
@@ -297,12 +289,6 @@ def _folded(values: jax.Array, width: int) -> jax.Array:
     """Every `width` columns, added up."""
     first, *others = (values[:, start : start + width] for start in range(0, values.shape[1], width))
     return sum(others, start=first)
-
-
-def _estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
-    """For XLA's schedule, and for whoever adds up a program's FLOPs: as if every row were of a group."""
-    moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
-    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def _cut(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:

@@ -22,7 +22,7 @@ from dsv3_jax.fp8.formats import Format
 from dsv3_jax.fp8.quantize import Quantiser, scale_of
 from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.quantise.call import SIDE, cast, magnitudes
-from dsv3_jax.kernels.tiles import MIB, up
+from dsv3_jax.kernels.tiles import MIB, aligned, up
 from dsv3_jax.kernels.traffic import Operand, moved
 
 PACKED = 32  # rows of one register of bytes
@@ -150,7 +150,7 @@ def _run(
 
         def piece(r: Any, c: Any) -> jax.Array:
             """Quantises it, and gives its scales."""
-            rows_at, columns_at = _at(r, height), _at(c, SIDE)
+            rows_at, columns_at = aligned(r, height), aligned(c, SIDE)
             x = load(sources, rows_at, columns_at, j * across + c)
             if tall and rows % SIDE:
                 x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) + (i * blocks.rows + r * height) < rows, x, 0.0)
@@ -165,13 +165,13 @@ def _run(
             return _bits(scales) if scale.dtype == jnp.uint8 else scales
 
         def strip(r: Any, _: None) -> None:
-            at = r if tall else _at(r, height)
+            at = r if tall else aligned(r, height)
 
             def collect(c: Any, found: jax.Array) -> jax.Array:
                 return jnp.where(lax.broadcasted_iota(jnp.int32, found.shape, 1) == c, piece(r, c), found)
 
             def store(c: Any, _: None) -> None:
-                scale[at, :, _at(c, SIDE)] = piece(r, c).astype(scale.dtype)
+                scale[at, :, aligned(c, SIDE)] = piece(r, c).astype(scale.dtype)
 
             unroll = min(blocks.unroll, across)
             if not wide:
@@ -199,10 +199,6 @@ def _run(
 
 def _spec(operand: Operand) -> pl.BlockSpec:
     return pl.BlockSpec((None, *operand.block[1:]), operand.at)
-
-
-def _at(i: Any, size: int) -> Any:
-    return pl.ds(pl.multiple_of(i * size, size), size)
 
 
 def _bits(scales: jax.Array) -> jax.Array:

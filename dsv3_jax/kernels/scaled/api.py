@@ -20,7 +20,7 @@ from dsv3_jax.bits import from_bits
 from dsv3_jax.fp8.quantize import Quantised
 from dsv3_jax.kernels.modes import Mode, mode_of
 from dsv3_jax.kernels.scaled import pallas_gpu, pallas_tpu, reference
-from dsv3_jax.kernels.scaled.call import SIDE, OuterProducts, Products
+from dsv3_jax.kernels.scaled.call import SIDE, OuterProducts, Products, Tiled
 from dsv3_jax.kernels.tiles import padded
 
 
@@ -134,17 +134,17 @@ def _stack(b: Quantised) -> Quantised:
     return Quantised(b.values[None], b.scale[None], b.sides, b.tile, b.form)
 
 
-def _parts(matrix: Quantised, axis: int) -> tuple[Array, Array]:
+def _tiled(matrix: Quantised, axis: int) -> Tiled:
     """Values in the format's dtype, of whole tiles along `axis`, and scales in float32."""
     values, scale = from_bits(matrix.values, jnp.dtype(matrix.form.dtype)), matrix.scale
     if scale.dtype == jnp.uint8:
         scale = lax.bitcast_convert_type(scale.astype(jnp.uint32) << 23, jnp.float32)
-    return padded(lax.stop_gradient(values), SIDE, axis), lax.stop_gradient(scale)
+    return Tiled(padded(lax.stop_gradient(values), SIDE, axis), lax.stop_gradient(scale))
 
 
 def _products(a: Quantised, b: Quantised, count_E: Array, transposed: bool, dtype: Any, name: str, mode: Mode) -> Array:
     (rows, inner), outer = a.values.shape, b.values.shape[1 if transposed else 2]
-    operands = *_parts(a, -1), *_parts(b, -1 if transposed else -2)
+    operands = _tiled(a, -1), _tiled(b, -1 if transposed else -2)
     if 0 in (rows, inner, outer):
         return jnp.zeros((rows, outer), dtype)
     run = IMPLEMENTATIONS[mode.implementation].products
@@ -153,7 +153,7 @@ def _products(a: Quantised, b: Quantised, count_E: Array, transposed: bool, dtyp
 
 def _outer(x: Quantised, y: Quantised, count_E: Array, dtype: Any, name: str, mode: Mode) -> Array:
     (inner, rows), outer = x.values.shape, y.values.shape[1]
-    operands = *_parts(x, -1), *_parts(y, -2)
+    operands = _tiled(x, -1), _tiled(y, -2)
     if 0 in (rows, inner, outer):
         return jnp.zeros((count_E.shape[0], inner, outer), dtype)
     run = IMPLEMENTATIONS[mode.implementation].outer_products

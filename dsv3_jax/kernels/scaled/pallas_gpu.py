@@ -6,7 +6,6 @@ from memory: of FP8 operands Triton, as JAX lowers to it, makes sm_80's instruct
 Operands whose sides are no multiples of the blocks are padded, so that no load is guarded.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +16,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from dsv3_jax.kernels.grouped.work import make_work
 from dsv3_jax.kernels.modes import result
-from dsv3_jax.kernels.scaled.call import SIDE
-from dsv3_jax.kernels.tiles import dot, padded
+from dsv3_jax.kernels.scaled.call import SIDE, Tiled
+from dsv3_jax.kernels.tiles import dot, estimate, padded
 
 
 class Blocks(NamedTuple):
@@ -34,19 +33,9 @@ PRODUCTS = Blocks(128, 128, 8, 3)
 OUTER = Blocks(128, 128, 8, 3)
 
 
-def products(
-    x_RI: jax.Array,
-    x_scale: jax.Array,
-    w: jax.Array,
-    w_scale: jax.Array,
-    count_E: jax.Array,
-    *,
-    transposed: bool,
-    dtype: Any,
-    name: str,
-    interpret: Any,
-) -> jax.Array:
+def products(a: Tiled, b: Tiled, count_E: jax.Array, *, transposed: bool, dtype: Any, name: str, interpret: Any) -> jax.Array:
     """As `call.Products`."""
+    (x_RI, x_scale), (w, w_scale) = a, b
     (rows, inner), n_groups, blocks = x_RI.shape, w.shape[0], PRODUCTS
     outer, n_inner = w.shape[1 if transposed else 2], inner // SIDE
     x_RI, x_scale = padded(x_RI, blocks.rows), padded(x_scale, blocks.rows)
@@ -84,25 +73,16 @@ def products(
         out_shape=y,
         grid=(n_outer, work.group_S.shape[0]),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
-        cost_estimate=_estimate(2 * rows * inner * outer, x_RI, x_scale, w, w_scale, y),
+        cost_estimate=estimate(2 * rows * inner * outer, x_RI, x_scale, w, w_scale, y),
         name=name,
         interpret=interpret,
     )
     return call(*work[:4], x_RI, x_scale, w, w_scale)[:rows, :outer]
 
 
-def outer_products(
-    x_IR: jax.Array,
-    x_scale: jax.Array,
-    y_RO: jax.Array,
-    y_scale: jax.Array,
-    count_E: jax.Array,
-    *,
-    dtype: Any,
-    name: str,
-    interpret: Any,
-) -> jax.Array:
+def outer_products(a: Tiled, b: Tiled, count_E: jax.Array, *, dtype: Any, name: str, interpret: Any) -> jax.Array:
     """As `call.OuterProducts`."""
+    (x_IR, x_scale), (y_RO, y_scale) = a, b
     (inner, rows), outer, n_groups, blocks = x_IR.shape, y_RO.shape[1], count_E.shape[0], OUTER
     x_IR, x_scale = padded(x_IR, blocks.rows), padded(x_scale, blocks.rows)
     y_RO, y_scale = padded(y_RO, blocks.outer, -1), padded(y_scale, blocks.outer, -1)
@@ -127,7 +107,7 @@ def outer_products(
         out_shape=sums,
         grid=(n_inner, n_outer, n_groups),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
-        cost_estimate=_estimate(2 * rows * inner * outer, x_IR, x_scale, y_RO, y_scale, sums),
+        cost_estimate=estimate(2 * rows * inner * outer, x_IR, x_scale, y_RO, y_scale, sums),
         name=name,
         interpret=interpret,
     )
@@ -136,12 +116,6 @@ def outer_products(
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return dot(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))  # which hold every e4m3 and e5m2
-
-
-def _estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
-    """As if every row were of a group."""
-    moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
-    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
 def _at(i: Any, size: int) -> Any:

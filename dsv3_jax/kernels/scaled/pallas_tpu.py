@@ -23,8 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.grouped.work import make_work
 from dsv3_jax.kernels.modes import chip, result
-from dsv3_jax.kernels.scaled.call import SIDE
-from dsv3_jax.kernels.tiles import LANES, MIB, dot, padded, up
+from dsv3_jax.kernels.scaled.call import SIDE, Tiled
+from dsv3_jax.kernels.tiles import LANES, MIB, aligned, dot, estimate, fitted, padded, up
 
 PACKED = 32  # rows of one register of bytes
 
@@ -41,8 +41,7 @@ class Blocks(NamedTuple):
     vmem_mib: int = 62
 
 
-V5P = Blocks(512, 7168, 1024, 128, 256)
-PRODUCTS: dict[str, Blocks] = {}
+PRODUCTS = Blocks(512, 7168, 1024, 128, 256)  # of all chips: other blocks were tried on v5p alone
 V5P_OUTER = Blocks(512, 1024, 2048, 128, 256, unroll=8)
 OUTER = {
     "TPU v6 lite": Blocks(512, 1024, 2048, 256, 256, unroll=4),
@@ -51,20 +50,8 @@ OUTER = {
 FP8 = ("TPU7x",)  # whose matrix units take it
 
 
-def blocks_of(kind: str, transposed: bool) -> Blocks:
-    """On this kind of device."""
-    return PRODUCTS.get(kind, V5P)
-
-
 def outer_blocks_of(kind: str) -> Blocks:
     return OUTER.get(kind, V5P_OUTER)
-
-
-def _fitted(size: int, block: int, step: int, whole: int) -> tuple[int, int]:
-    """Block and step within it, no larger than a side of `size`; one that is less than a step is a multiple of `whole`."""
-    if size <= step:
-        return up(size, whole), up(size, whole)
-    return min(block, up(size, step)), step
 
 
 def _parted(size: int, block: int) -> int:
@@ -77,7 +64,7 @@ def _parted(size: int, block: int) -> int:
 def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
     """No larger than the operands of [R, I] x [I, O]."""
     (tall, height), (wide, columns) = (
-        _fitted(rows, blocks.rows, blocks.height, LANES), _fitted(outer, blocks.outer, blocks.columns, LANES)
+        fitted(rows, blocks.rows, blocks.height, LANES), fitted(outer, blocks.outer, blocks.columns, LANES)
     )  # fmt: skip
     deep = _parted(inner, blocks.inner)
     unroll = math.gcd(wide // columns, 1 << (blocks.inner // deep).bit_length() - 1)  # as much as if all were deep
@@ -87,16 +74,14 @@ def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
 def fit_outer(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
     """No larger than the operands of [I, R] x [R, O]; an iteration's height is along I."""
     (deep, height), (wide, columns) = (
-        _fitted(inner, blocks.inner, blocks.height, PACKED), _fitted(outer, blocks.outer, blocks.columns, LANES)
+        fitted(inner, blocks.inner, blocks.height, PACKED), fitted(outer, blocks.outer, blocks.columns, LANES)
     )  # fmt: skip
     return blocks._replace(rows=min(blocks.rows, up(rows, SIDE)), inner=deep, outer=wide, height=height, columns=columns)
 
 
 def products(
-    x_RI: jax.Array,
-    x_scale: jax.Array,
-    w: jax.Array,
-    w_scale: jax.Array,
+    a: Tiled,
+    b: Tiled,
     count_E: jax.Array,
     *,
     transposed: bool,
@@ -106,8 +91,9 @@ def products(
     blocks: Blocks | None = None,
 ) -> jax.Array:
     """As `call.Products`."""
+    (x_RI, x_scale), (w, w_scale) = a, b
     (rows, inner), n_groups, outer = x_RI.shape, w.shape[0], w.shape[1 if transposed else 2]
-    blocks = fit_products(blocks or blocks_of(chip(), transposed), rows, inner, outer)
+    blocks = fit_products(blocks or PRODUCTS, rows, inner, outer)
     tiles, n_inner, n_outer = blocks.inner // SIDE, pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer)
     x_RI, w = padded(x_RI, blocks.inner, -1), padded(w, blocks.inner, -1 if transposed else -2)
     scales = padded(x_scale.T, tiles).reshape(n_inner, tiles, rows)
@@ -127,7 +113,7 @@ def products(
 
         def place(i: Any) -> tuple[Any, Any]:
             """Rows and columns of iteration i."""
-            return _at(lax.div(i, iterations), blocks.height), _at(lax.rem(i, iterations), blocks.columns)
+            return aligned(lax.div(i, iterations), blocks.height), aligned(lax.rem(i, iterations), blocks.columns)
 
         def store(i: Any, value: Any) -> None:
             row = lax.broadcasted_iota(jnp.int32, (blocks.height, 1), 0)
@@ -210,7 +196,7 @@ def products(
             ],
         ),
         compiler_params=_compiler(blocks, ("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=_estimate(2 * rows * inner * outer, x_RI, x_scale, w, w_scale, y),
+        cost_estimate=estimate(2 * rows * inner * outer, x_RI, x_scale, w, w_scale, y),
         name=name,
         interpret=interpret,
     )
@@ -218,18 +204,10 @@ def products(
 
 
 def outer_products(
-    x_IR: jax.Array,
-    x_scale: jax.Array,
-    y_RO: jax.Array,
-    y_scale: jax.Array,
-    count_E: jax.Array,
-    *,
-    dtype: Any,
-    name: str,
-    interpret: Any,
-    blocks: Blocks | None = None,
+    a: Tiled, b: Tiled, count_E: jax.Array, *, dtype: Any, name: str, interpret: Any, blocks: Blocks | None = None
 ) -> jax.Array:
     """As `call.OuterProducts`."""
+    (x_IR, x_scale), (y_RO, y_scale) = a, b
     (inner, rows), outer, n_groups = x_IR.shape, y_RO.shape[1], count_E.shape[0]
     blocks = fit_outer(blocks or outer_blocks_of(chip()), rows, inner, outer)
     height, columns, tiles = blocks.height, blocks.columns, blocks.rows // SIDE
@@ -259,7 +237,7 @@ def outer_products(
                 x_scales_wide[t, at, :] = jnp.broadcast_to(own_scales[:, t : t + 1], (height, LANES))
 
         def add(i: Any, _: None) -> None:
-            at = _at(lax.div(i, n_columns), height), _at(lax.rem(i, n_columns), columns)
+            at = aligned(lax.div(i, n_columns), height), aligned(lax.rem(i, n_columns), columns)
             sums = jnp.where(first, 0.0, total[at])
             for t in range(tiles):
                 row, along = tile_S[s] * blocks.rows + t * SIDE, slice(t * SIDE, (t + 1) * SIDE)
@@ -271,7 +249,7 @@ def outer_products(
             total[at] = sums
 
         def store(i: Any, _: None) -> None:
-            at = _at(lax.div(i, n_columns), height), _at(lax.rem(i, n_columns), columns)
+            at = aligned(lax.div(i, n_columns), height), aligned(lax.rem(i, n_columns), columns)
             w[at] = total[at].astype(w.dtype)
 
         lax.fori_loop(0, n_heights * n_columns, add, None, unroll=min(blocks.unroll, n_heights * n_columns))
@@ -299,7 +277,7 @@ def outer_products(
             ],
         ),
         compiler_params=_compiler(blocks, ("parallel", "parallel", "arbitrary")),
-        cost_estimate=_estimate(2 * rows * inner * outer, x_IR, x_scale, y_RO, y_scale, sums),
+        cost_estimate=estimate(2 * rows * inner * outer, x_IR, x_scale, y_RO, y_scale, sums),
         name=name,
         interpret=interpret,
     )
@@ -315,11 +293,11 @@ def _convert(narrow: Any, wide: Any, transposed: bool = False) -> None:
     """All of a block."""
 
     def some(i: Any, _: None) -> None:
-        at = _at(i, PACKED)
+        at = aligned(i, PACKED)
         wide[at, :] = narrow[at, :].astype(wide.dtype)
 
     def turn(i: Any, _: None) -> None:
-        at = _at(i, SIDE)
+        at = aligned(i, SIDE)
         wide[:, at] = narrow[at, :].astype(jnp.bfloat16).T.astype(wide.dtype)
 
     step = SIDE if transposed else PACKED
@@ -328,13 +306,3 @@ def _convert(narrow: Any, wide: Any, transposed: bool = False) -> None:
 
 def _compiler(blocks: Blocks, dimensions: Any) -> Any:
     return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=blocks.vmem_mib * MIB)
-
-
-def _estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
-    """For XLA's schedule, and for whoever adds up a program's FLOPs: as if every row were of a group."""
-    moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
-    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
-
-
-def _at(i: Any, size: int) -> Any:
-    return pl.ds(pl.multiple_of(i * size, size), size)

@@ -6,22 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.kernels.scaled.call import SIDE
+from dsv3_jax.kernels.scaled.call import SIDE, Tiled
 
 
-def products(
-    x_RI: jax.Array,
-    x_scale: jax.Array,
-    w: jax.Array,
-    w_scale: jax.Array,
-    count_E: jax.Array,
-    *,
-    transposed: bool,
-    dtype: Any,
-    name: str,
-    interpret: Any,
-) -> jax.Array:
+def products(a: Tiled, b: Tiled, count_E: jax.Array, *, transposed: bool, dtype: Any, name: str, interpret: Any) -> jax.Array:
     """As `call.Products`."""
+    (x_RI, x_scale), (w, w_scale) = a, b
     if transposed:
         w, w_scale = w.swapaxes(1, 2), w_scale.swapaxes(1, 2)
     (rows, inner), outer = x_RI.shape, w.shape[2]
@@ -40,18 +30,9 @@ def products(
     return lax.scan(add, zeros_RO, jnp.arange(inner // SIDE, dtype=jnp.int32))[0].astype(dtype)
 
 
-def outer_products(
-    x_IR: jax.Array,
-    x_scale: jax.Array,
-    y_RO: jax.Array,
-    y_scale: jax.Array,
-    count_E: jax.Array,
-    *,
-    dtype: Any,
-    name: str,
-    interpret: Any,
-) -> jax.Array:
+def outer_products(a: Tiled, b: Tiled, count_E: jax.Array, *, dtype: Any, name: str, interpret: Any) -> jax.Array:
     """As `call.OuterProducts`."""
+    (x_IR, x_scale), (y_RO, y_scale) = a, b
     (inner, rows), outer = x_IR.shape, y_RO.shape[1]
     end_E = jnp.cumsum(count_E, dtype=jnp.int32)
 
