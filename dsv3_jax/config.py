@@ -52,7 +52,7 @@ class Fp8Recipe:
     power_of_two: Literal["report", "everywhere", "nowhere"] = "report"  # which scales are: after attention, at the exchange
     amax_floor: float = 1e-30  # released code has 1e-4, not stated for training: above most gradients of a mean loss
     accumulation: Literal["float32", "promoted", "tensor_core"] = "float32"
-    accumulator: Literal["aligned", "apart"] = "aligned"  # whether it joins the products' alignment; not disclosed
+    accumulator: Literal["aligned", "apart"] = "aligned"  # whether it joins the products' alignment; H200s' does
     promotion_interval: int = 128
     attention_cache: Literal["e5m6", "e4m3", "compute"] = "e5m6"  # the attention's output, between forward and backward
     swiglu_cache: Literal["e4m3", "compute"] = "e4m3"  # SwiGLU's inputs

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import flash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from dsv3_jax.kernels.attention import pallas_tpu, pallas_tpu_backward
@@ -21,7 +22,10 @@ HEADS, CONTENT, ROPE, VALUE = 128, 128, 64, 128
 KEY = CONTENT + ROPE
 FORWARD, BACKWARD = 2 * (KEY + VALUE), 2 * (3 * KEY + 2 * VALUE)  # FLOPs of a query and a key that it sees
 SPLASH = (1024, 1024, 512), (1024, 1024, 1024), (2048, 2048, 512)  # queries, keys, keys of one iteration
-SPLASH_BACKWARD = (1024, 1024, 512), (512, 1024, 512), (1024, 2048, 512)
+SPLASH_BACKWARD = (1024, 1024, 512), (1024, 1024, 1024), (1024, 2048, 512), (1024, 2048, 1024)
+
+FLASH = (1024, 1024, 512), (1024, 1024, 1024)
+FLASH_WIDTH = 256  # one for queries, keys and values, in whole tiles
 
 SPLASH_HEADS = 16  # to compile: a step has one, and of 128 the queries' gradients, once a block of keys, fit no memory
 
@@ -160,10 +164,17 @@ def ours_backward(implementation: str, *operands: Any) -> Any:
 
 
 def splash(length: int, blocks: Sequence[int], *, backward: bool) -> Any:
-    """The function of q [H, T, 192], k and v [H, T, 128] that has JAX's splash attention in it."""
+    """The function of q [H, T, 192], k and v [H, T, 128] that has JAX's splash attention in it.
+
+    With queries, and forward also keys, transposed, whose 192 then take no 256 lanes; to transpose them is not counted.
+    """
     q, kv, compute = blocks
     of_q, of_kv = (512, 512) if backward else (q, kv)
-    sizes = splash_attention_kernel.BlockSizes(block_q=of_q, block_kv=of_kv, block_kv_compute=min(of_kv, compute))
+    along, across = splash_attention_kernel.QKVLayout.HEAD_DIM_MINOR, splash_attention_kernel.QKVLayout.SEQ_MINOR
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=of_q, block_kv=of_kv, block_kv_compute=min(of_kv, compute),
+        q_layout=across, k_layout=along if backward else across,
+    )  # fmt: skip
     if backward:
         sizes = dataclasses.replace(
             sizes, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True
@@ -178,3 +189,21 @@ def splash(length: int, blocks: Sequence[int], *, backward: bool) -> Any:
 
 def splash_arrays(length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct((SPLASH_HEADS, length, width), jnp.bfloat16) for width in (KEY, KEY, VALUE))
+
+
+def flash_cost(length: int, blocks: Sequence[int]) -> Cost:
+    """Its grid and branches are those of `splash_cost`, forward; its products are wider."""
+    cost = splash_cost(length, blocks, FORWARD, keys_outside=False)
+    return cost._replace(flops=cost.flops // FORWARD * 4 * FLASH_WIDTH)
+
+
+def flash(blocks: Sequence[int]) -> Any:
+    """The function of q [H, T, 192], k and v [H, T, 128] that has JAX's flash attention in it, forward."""
+    queries, keys, compute = blocks
+    sizes = flash_attention.BlockSizes(queries, keys, compute, block_b=1)
+
+    def run(*operands: Any) -> Any:
+        wide = (jnp.pad(x, ((0, 0), (0, 0), (0, FLASH_WIDTH - x.shape[-1])))[None] for x in operands)
+        return flash_attention.flash_attention(*wide, causal=True, sm_scale=KEY**-0.5, block_sizes=sizes)
+
+    return run

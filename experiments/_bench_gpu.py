@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.kernels.decode.api import decode_attention, paged_decode_attention
+from dsv3_jax.kernels.decode.work import splits_for
 from dsv3_jax.kernels.grouped.api import grouped_product, grouped_swiglu
 from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.planner import cubin
@@ -40,9 +41,14 @@ def cases() -> list[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
     def swiglu(*operands: Any) -> Any:
         return grouped_swiglu(*operands, implementation=GPU)
 
+    def swiglu_backward(*operands: Any) -> Any:
+        *arrays, count = operands
+        return jax.vjp(lambda *arrays: swiglu(*arrays, count), *arrays)[1](operands[0])
+
     def decode(paged: bool, *operands: Any) -> Any:
         run = paged_decode_attention if paged else decode_attention
-        return run(*operands, latent=512, scale=0.1, implementation=GPU)
+        splits = splits_for(GPU, 32, 128, 4096)  # as the model has it
+        return run(*operands, latent=512, scale=0.1, splits=splits, implementation=GPU)
 
     def router(logits: Any, bias: Any) -> Any:
         return choose(logits, bias, preset("deepseek_v3_671b").model, implementation=GPU)
@@ -53,6 +59,7 @@ def cases() -> list[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
         ("grouped_up", f"{ROWS}x{HIDDEN}x{WIDTH}", product, (x, w, count)),
         ("grouped_up_backward", f"{ROWS}x{HIDDEN}x{WIDTH}", product_backward, (x, w, count, array(ROWS, WIDTH))),
         ("grouped_swiglu", f"{ROWS}x{HIDDEN}x2x{WIDTH}", swiglu, (x, gates, w, w, down, count)),
+        ("grouped_swiglu_backward", f"{ROWS}x{HIDDEN}x2x{WIDTH}", swiglu_backward, (x, gates, w, w, down, count)),
     ]
     for length in (4096, 32768):
         operands, shape = _bench_attention.arrays(length), f"128x{length}x(128+64,128)"
@@ -64,7 +71,16 @@ def cases() -> list[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
         found.append(("decode", f"32x128x{length}", partial(decode, False), (q, array(32, length, 576), lengths)))
         found.append(("decode_paged", f"32x128x{length}", partial(decode, True), (q, pages, table, lengths)))
     found.append(("router", f"{ROWS}x256", router, (array(ROWS, 256, dtype=jnp.float32), array(256, dtype=jnp.float32))))
-    return found + [(case.kernel, case.shape, case.run, case.operands) for case in (*quantisers(GPU), *scaled(GPU))]
+    found += [(case.kernel, case.shape, case.run, case.operands) for case in (*quantisers(GPU), *scaled(GPU))]
+    return found + [
+        (f"{name}_float32", shape, run, tuple(_wide(x) for x in operands))
+        for name, shape, run, operands in found
+        if name in ("grouped_swiglu_backward", "attention_backward", "decode") and "32768x(" not in shape
+    ]
+
+
+def _wide(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32) if x.dtype == jnp.bfloat16 else x
 
 
 def tool(name: str) -> str:
@@ -97,7 +113,12 @@ def lines(chip: str, folder: Path, chosen: list[str]) -> Iterator[dict[str, Any]
                 traced.lower(lowering_platforms=("cuda",)).compile()
             kernels = names_of(traced.jaxpr.jaxpr)
             found = _assembled(set(folder.iterdir()) - before, ptxas, nvdisasm)
-            yield from (head | line for line in found if line["entry"] in kernels)
+            said = [head | line for line in found if line["entry"] in kernels]
+            if not said:
+                raise ValueError(
+                    f"expected XLA to write its PTX of {', '.join(kernels)}, found none: jax 0.10 does, 0.11 does not"
+                )
+            yield from said
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             yield head | _bench.failure(error)
 

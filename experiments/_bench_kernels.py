@@ -1,12 +1,11 @@
 """The kernels that `bench_kernels` compiles, at DeepSeek-V3's shapes: what they are called with, and how often their loops run.
 
-Peers are kernels that ship with JAX, for the same operands, in the best of a few block sizes: all of the contraction at once,
-where they have no branches that a count of bundles would have to weigh.
+Peers are kernels that ship with JAX, and tokamax's where it is installed, for the same operands, in the best of a few block
+sizes: all of the contraction at once, where products have no branches that a count of bundles would have to weigh.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,28 +29,15 @@ from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.kernels.scaled.api import grouped_scaled_outer, grouped_scaled_product, scaled_product
 from dsv3_jax.kernels.tiles import LANES
 from dsv3_jax.presets import preset
-from experiments import _bench_attention
+from experiments import _bench_attention, _bench_tokamax
+from experiments._bench_case import BF16, Case
+from experiments._bench_case import array as _array
 
-BF16 = jnp.dtype(jnp.bfloat16)
 HIDDEN, WIDTH = 7168, 2048
 COUNTS = (4301, 3688, 4535, 3902, 4120, 3577, 4646, 3999)  # rows of 8 experts of one rank: the choices of 4,096 tokens
 ROWS, EXPERTS = sum(COUNTS), len(COUNTS)
 GMM = (512, 512), (512, 256), (256, 512), (1024, 256)  # rows, columns
 TGMM = (512, 1024, 1024), (512, 512, 1024), (512, 1024, 512), (1024, 512, 512)
-
-
-class Case(NamedTuple):
-    kernel: str
-    program: str  # the name that the compiled program bears
-    shape: str
-    run: Callable[..., Any]
-    operands: tuple[jax.ShapeDtypeStruct, ...]
-    cost: Cost | None = None  # None: the loops' trips are not counted
-    blocks: tuple[int, ...] = ()
-    peer: bool = False
-    parts: bool = False  # `cost.trips` are those of parts, branches included, and not of loops alone
-    small: tuple[int, ...] = ()  # as `bundles.Program.cycles_of_parts` has it, and so has
-    copies: bool = False
 
 
 def cases(kind: str) -> list[Case]:
@@ -72,10 +58,6 @@ def cases(kind: str) -> list[Case]:
         *scaled(TPU),
     ]
     return found
-
-
-def _array(*shape: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 TPU = "pallas_tpu"
@@ -102,8 +84,8 @@ def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) 
         steps = -(-outer // columns) * len(entries_of(COUNTS, rows))
         theirs = ours._replace(steps=steps, trips=(), flops=2 * steps * rows * inner * columns)
         tiles = (rows, inner, columns)
-        found.append(Case(name, "gmm", shape, partial(peer, tiles), operands, theirs, tiles, peer=True))
-    return found
+        found.append(Case(name, "gmm", shape, partial(peer, tiles), operands, theirs, tiles, "gmm"))
+    return [*found, *_bench_tokamax.products(name, shape, operands, COUNTS, ours, transposed=transposed)]
 
 
 def _swiglu(kind: str) -> Case:
@@ -132,10 +114,13 @@ def _outer(kind: str) -> list[Case]:
 
     found = [Case("grouped_outer", "grouped_outer", shape, run, operands, ours, blocks)]
     for tiles in TGMM:
-        steps = -(-HIDDEN // tiles[1]) * -(-WIDTH // tiles[2]) * len(entries_of(COUNTS, tiles[0]))
-        theirs = ours._replace(steps=steps, trips=(), flops=2 * steps * tiles[0] * tiles[1] * tiles[2])
-        found.append(Case("grouped_outer", "tgmm", shape, partial(peer, tiles), operands, theirs, tiles, peer=True))
-    return found
+        entries = len(entries_of(COUNTS, tiles[0]))
+        steps = -(-HIDDEN // tiles[1]) * -(-WIDTH // tiles[2]) * entries
+        ends = EXPERTS / entries  # a group's first step, and its last one
+        theirs = ours._replace(steps=steps, trips=(ends, 1, ends), flops=2 * steps * tiles[0] * tiles[1] * tiles[2])
+        run_of = partial(peer, tiles)
+        found.append(Case("grouped_outer", "tgmm", shape, run_of, operands, theirs, tiles, "tgmm", parts=True))
+    return [*found, *_bench_tokamax.outer_products("grouped_outer", shape, operands, COUNTS, ours)]
 
 
 def _attention(length: int) -> list[Case]:
@@ -159,8 +144,12 @@ def _attention(length: int) -> list[Case]:
                 return _bench_attention.splash(length, blocks, backward=back)(*operands)
 
             arrays = _bench_attention.splash_arrays(length)
-            found.append(Case(name, program, shape, run, arrays, cost, blocks, peer=True, parts=True))
-    return found
+            found.append(Case(name, program, shape, run, arrays, cost, blocks, program, parts=True))
+    for blocks in _bench_attention.FLASH:
+        run, cost = _bench_attention.flash(blocks), _bench_attention.flash_cost(length, blocks)
+        arrays = _bench_attention.splash_arrays(length)
+        found.append(Case("attention", "flash_attention", shape, run, arrays, cost, blocks, "flash_attention", parts=True))
+    return [*found, *_bench_tokamax.attention(length, shape)]
 
 
 def _decode(kind: str, length: int) -> list[Case]:

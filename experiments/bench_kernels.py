@@ -13,14 +13,15 @@ and writes down its bundles, of which one is issued a cycle. JSON lines, a kerne
   cycle is in it: a bundle's, if full matrix units of a plain product run at the chip's peak. Where the compiler schedules more
   than the units can take, bundles wait: a share above 1 is no kernel that beats its chip.
 
-`ratio` lines give the best peer's cycles per useful FLOP over ours: above 1 ours needs fewer. What waits for memory is not in
-these figures. A table of them ends up on stderr. Five minutes a chip.
+`ratio` lines give each peer's cycles per useful FLOP, of its best blocks, over ours, the best one first: above 1 ours needs
+fewer. Peers ship with JAX, or are tokamax's (`pip install 'dsv3_jax[tokamax]'`, Python 3.12). What waits for memory is not in
+these figures. A table of them, with the best peers, ends up on stderr. Five minutes a chip, ten with tokamax.
 
 `--chips=h100` (`pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-nvdisasm`): of each kernel its
 registers, bytes of spills a thread, shared memory a block, and tensor-core instructions in its code, as the assembler has it.
 
-`--measure`, where there is an accelerator: times of each kernel and of XLA's own for the same operands, medians of runs in
-pairs, and the share of the roofline.
+`--measure`, where there is an accelerator: times of each kernel and of its peers (XLA's own, cuDNN's attention, for FP8
+bfloat16's products) for the same operands, medians of alternating runs, how far results differ, and the share of the roofline.
 """
 
 import os
@@ -49,18 +50,18 @@ _TIMEOUT = flags.DEFINE_float("timeout", 1800, "Seconds that one chip may take."
 _CHILD = flags.DEFINE_bool("child", False, "Compile in this process, for one chip.")
 
 
-def measured(program: bundles.Program, vmem: int, case: Any, peak: "Peak") -> dict[str, Any]:
+def measured(program: bundles.Program, vmem: int | None, case: Any, peak: "Peak") -> dict[str, Any]:
     """The line of a compiled case."""
     loop, cost = program.grid.innermost(), case.cost
     line = {
-        "peer": case.program if case.peer else None,
+        "peer": case.peer or None,
         "blocks": list(case.blocks),
         "bundles": loop.bundles,
         "mxu_slots": round(program.share(loop, "MXU"), 3),
         "spills": loop.spills,
         "spill_stores": loop.slots["VSTORE:SPILL"],
         "spill_loads": loop.slots["VLOAD:FILL"],
-        "vmem_mib": round(vmem / 2**20, 1),
+        "vmem_mib": None if vmem is None else round(vmem / 2**20, 1),
     }
     if cost is None:
         return line
@@ -92,14 +93,14 @@ def _child(chip: str, folder: Path) -> None:
     mesh = Mesh([target.devices[0]], ("x",), axis_types=(AxisType.Explicit,))
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def compiled(run: Any, arrays: Any, name: str) -> tuple[bundles.Program, int]:
+    def compiled(run: Any, arrays: Any, name: str, vmem: bool = True) -> tuple[bundles.Program, int | None]:
         """The kernel's program, and bytes in VMEM."""
         operands = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in arrays]
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             traced = jax.jit(run).trace(*operands)
             lowered = traced.lower(lowering_platforms=("tpu",))
             lowered.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": "63488"})
-        return bundles.read(folder, name), vmem_bytes(traced.jaxpr.jaxpr, name)
+        return bundles.read(folder, name), vmem_bytes(traced.jaxpr.jaxpr, name) if vmem else None
 
     flops = max(flops_per_cycle(compiled(*calibration(columns), NAME)[0], columns) for columns in COLUMNS)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -111,9 +112,9 @@ def _child(chip: str, folder: Path) -> None:
             continue
         line: dict[str, Any] = {"kernel": case.kernel, "chip": chip, "shape": case.shape}
         try:
-            line |= measured(*compiled(case.run, case.operands, case.program), case, peak)
+            line |= measured(*compiled(case.run, case.operands, case.program, case.vmem), case, peak)
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-            line |= {"peer": case.program if case.peer else None, "blocks": list(case.blocks)} | _bench.failure(error)
+            line |= {"peer": case.peer or None, "blocks": list(case.blocks)} | _bench.failure(error)
         _bench.show(line)
 
 
@@ -126,8 +127,12 @@ def _measured_here() -> int:
     if implementation is None:
         print(f"error: --measure: expected a TPU or a GPU, got {jax.default_backend()} alone", file=sys.stderr)
         return 2
+    found = []
     for line in _bench_measure.lines(implementation, _bench_measure.Sizes(), _KERNELS.value):
         _bench.show(line)
+        found.append(line)
+    if _TABLE.value:
+        print(measured_table(found), file=sys.stderr)
     return 0
 
 
@@ -140,17 +145,19 @@ def _gpu_child(folder: Path) -> None:
 
 
 def ratios(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each kernel that has peers: the best one's cycles over ours."""
+    """Of each kernel that has peers: the cycles of each, with its best blocks, over ours, the best peer first."""
     found = []
     for ours in (line for line in lines if line.get("peer") is None and "cycles_per_gflop" in line):
         key = ("kernel", "chip", "shape")
         same = [line for line in lines if all(line.get(name) == ours.get(name) for name in key)]
-        peers = [line for line in same if line.get("peer") and "cycles_per_gflop" in line]
-        if peers:
-            best = min(peers, key=lambda line: line["cycles_per_gflop"])
-            ratio = round(best["cycles_per_gflop"] / ours["cycles_per_gflop"], 3)
-            line = {"ratio": ours["kernel"], "chip": ours["chip"], "shape": ours.get("shape"), "peer": best["peer"]}
-            found.append(line | {"peer_blocks": best["blocks"], "peer_over_ours": ratio})
+        best: dict[str, dict[str, Any]] = {}
+        peers = (line for line in same if line.get("peer") and "cycles_per_gflop" in line)
+        for peer in sorted(peers, key=lambda line: line["cycles_per_gflop"]):
+            best.setdefault(peer["peer"], peer)
+        for name, peer in best.items():
+            ratio = round(peer["cycles_per_gflop"] / ours["cycles_per_gflop"], 3)
+            line = {"ratio": ours["kernel"], "chip": ours["chip"], "shape": ours.get("shape"), "peer": name}
+            found.append(line | {"peer_blocks": peer["blocks"], "peer_over_ours": ratio})
     return found
 
 
@@ -161,7 +168,9 @@ HEADS = "chip", "MXU", "spilled", "filled", "MiB", "bytes", "FLOPs", "cyc/GF", "
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Our kernels, a row each, with the best peer's cycles over ours; within 110 columns."""
-    best = {(line["ratio"], line["chip"], line["shape"]): line["peer_over_ours"] for line in lines if "ratio" in line}
+    best: dict[tuple[str, str, str], float] = {}
+    for line in (line for line in lines if "ratio" in line):
+        best.setdefault((line["ratio"], line["chip"], line["shape"]), line["peer_over_ours"])
     rows = [" ".join(["kernel".ljust(32), *(head.rjust(n) for head, n in zip(HEADS, TABLE.values(), strict=True))])]
     for line in (line for line in lines if "kernel" in line and line.get("peer") is None):
         ratio = best.get((line["kernel"], line["chip"], line["shape"]))
@@ -185,6 +194,21 @@ def gpu_table(lines: list[dict[str, Any]]) -> str:
         texts = [str(cells.get(field, "-")).rjust(n) for field, n in GPU_TABLE.items()]
         failed = " failed" if "failed" in line else ""
         rows.append(" ".join([f"{line['kernel']} {line['shape']}"[:32].ljust(32), *texts]) + failed)
+    return "\n".join(rows)
+
+
+MEASURED = {"us": 9, "tflops": 8, "gbs": 7, "share_of_roofline": 6, "peer_us": 9, "peer_over_ours": 6, "difference": 10}
+MEASURED_HEADS = "us", "TFLOP/s", "GB/s", "roof", "peer's", "ratio", "difference"
+
+
+def measured_table(lines: list[dict[str, Any]]) -> str:
+    """A kernel and peer a row: times in microseconds, and the peer's over ours."""
+    names = ["kernel".ljust(48), *(head.rjust(n) for head, n in zip(MEASURED_HEADS, MEASURED.values(), strict=True)), "peer"]
+    rows = [" ".join(names)]
+    for line in lines:
+        texts = [str("-" if line.get(field) is None else line[field]).rjust(n) for field, n in MEASURED.items()]
+        name = f"{line['kernel']} {line['shape']}"[:48].ljust(48)
+        rows.append(" ".join([name, *texts, line.get("peer", "")]) + (f" failed: {line['failed']}" if "failed" in line else ""))
     return "\n".join(rows)
 
 

@@ -25,6 +25,10 @@ class Format:
     dtype: Any  # that holds it; for E5M6 a wider one
 
     @property
+    def smallest_normal(self) -> float:
+        return 2.0**self.least_exponent
+
+    @property
     def bits(self) -> int:
         return 1 + self.exponent_bits + self.mantissa_bits
 

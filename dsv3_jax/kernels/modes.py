@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+HOPPER = "H100", "H200", "H800", "H20"  # in the names of devices
+
 
 class Mode(NamedTuple):
     implementation: str
@@ -61,10 +63,14 @@ def platform() -> str:
 
 
 def chosen(name: str, otherwise: str, on: str | None = None, *, possible: bool = True) -> str:
-    """`name`, or what "auto" stands for: the kernel on TPU where it is `possible`, `otherwise` elsewhere.
+    """`name`, or what "auto" stands for: the kernel on TPU and Hopper GPUs where it is `possible`, `otherwise` elsewhere.
 
     `on`: another platform than that of the device around.
     """
     if name != "auto":
         return name
-    return "pallas_tpu" if possible and (on or platform()) == "tpu" else otherwise
+    here = platform()
+    kernels = {"tpu": "pallas_tpu"}
+    if here != "gpu" or any(kind in chip() for kind in HOPPER):  # for whose memories blocks are chosen
+        kernels["gpu"] = "pallas_gpu"
+    return kernels.get(on or here, otherwise) if possible else otherwise

@@ -72,6 +72,18 @@ CHIPS = {
             torus="NVSwitch and a switched network",
         ),
     ),
+    "h200": Chip(
+        "h200", 989, 1979, 140.4, 4800, 450, 50, 0,
+        _sources(
+            bf16="NVIDIA's H200 SXM data sheet, without sparsity",
+            fp8="NVIDIA's H200 SXM data sheet, without sparsity",
+            hbm="the driver's 143,771 MiB",
+            hbm_gbs="NVIDIA's H200 SXM data sheet",
+            node="NVIDIA's H200 SXM data sheet: NVLink 900 GB/s, halved",
+            network="one 400 Gb/s card a GPU, as in NVIDIA's DGX H200",
+            torus="NVSwitch and a switched network",
+        ),
+    ),
     "v5p": Chip(
         "v5p", 459, 459, 95.74, 2765, 600, 600, 3,
         _sources(bf16=_CLOUD, fp8=f"{_CLOUD}: as BF16, not native", **_TPU),

@@ -10,19 +10,24 @@ from dsv3_jax.analysis.accumulation import METHODS
 from dsv3_jax.analysis.figures import save
 
 
-def added(products, aligned, interval):
+def added(pairs, aligned, interval):
     """The tensor core's sum in exact arithmetic (floats of 64 bits hold these numbers), promoted each `interval` products."""
     total = 0.0
-    for start in range(0, len(products), interval):
-        register, part = 0.0, products[start : start + interval]
+    for start in range(0, len(pairs), interval):
+        register, part = 0.0, pairs[start : start + interval]
         for group in range(0, len(part), 32):
-            terms = [*part[group : group + 32], *([register] if aligned else [])]
-            largest = max(map(abs, terms))
-            unit = 2.0 ** (math.frexp(largest)[1] - 14) if largest else 1.0  # of the last of 14 bits
-            cut = sum(math.trunc(term / unit) for term in terms) * unit
+            terms = [*part[group : group + 32], *([(register, 1.0)] if aligned else [])]
+            largest = max((math.frexp(x)[1] + math.frexp(y)[1] - 2 for x, y in terms if x * y), default=0)
+            cut = fourteen_bits(sum(fourteen_bits(x * y, largest) for x, y in terms), None if aligned else largest)
             register = cut if aligned else float(np.float32(register + cut))
         total = float(np.float32(total + register))
     return total
+
+
+def fourteen_bits(x, exponent):
+    """Cut towards zero below an exponent, or below its own."""
+    unit = 2.0 ** ((math.frexp(x)[1] - 1 if exponent is None else exponent) - 13)
+    return math.trunc(x / unit) * unit
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -30,7 +35,8 @@ def added(products, aligned, interval):
 def test_the_error_is_that_of_sums_added_up_by_hand(name, method):
     k, how = 512, METHODS[method]
     a, b = accumulation.operands(name, 3, k, seed=0)
-    products = np.asarray(a.values, np.float64)[:, None] * np.asarray(b.values, np.float64).T
+    pairs = np.stack(np.broadcast_arrays(np.asarray(a.values, float)[:, None], np.asarray(b.values, float).T), axis=-1)
+    products = pairs.prod(axis=-1)
     exact = products.sum(axis=-1)
     found = accumulation.error(a, b, how)
     if how.fidelity == "float32":
@@ -38,7 +44,7 @@ def test_the_error_is_that_of_sums_added_up_by_hand(name, method):
         assert found <= k * 2**-24 * np.abs(products).sum(axis=-1).max() / np.abs(exact).max()
         return
     interval = how.interval if how.fidelity == "promoted" else k
-    sums = np.array([[added(row, how.reading == "aligned", interval) for row in rows] for rows in products.tolist()])
+    sums = np.array([[added(row, how.reading == "aligned", interval) for row in rows] for rows in pairs.tolist()])
     # The model's sums are float32 whose bits are counted, so both agree but for float32's own roundings.
     assert found == pytest.approx(np.abs(sums - exact).max() / np.abs(exact).max(), abs=2e-7)
     assert found > 1e-6 and np.unique(sums).size > 1

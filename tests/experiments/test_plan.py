@@ -97,7 +97,7 @@ def test_a_chip_s_numbers_and_the_price_can_be_given(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chip=h9000"], "expected one of h800, h100, v5p, v6e, tpu7x"),
+        (["--chip=h9000"], "expected one of h800, h100, h200, v5p, v6e, tpu7x"),
         (["--preset=huge"], "unknown preset 'huge'"),
         (["--set=mesh_data=3"], "mesh: "),
         (["--set=batch_size=6", "--set=batch_size_start=6"], "6 sequences do not divide over 4 ranks"),

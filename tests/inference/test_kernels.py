@@ -7,6 +7,7 @@ import pytest
 from dsv3_jax.inference import serving
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.loaded import load
+from oracles.accelerators import HERE
 from oracles.cases import DATA
 
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4]]
@@ -14,7 +15,7 @@ PROMPTS = [[5, 6, 7, 8, 9], [3, 4]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["base", "mtp"])
-@pytest.mark.parametrize("how", ["pallas_tpu:interpret", "pallas_gpu:interpret"])
+@pytest.mark.parametrize("how", ["pallas_tpu:interpret", "pallas_gpu:interpret", *HERE])
 def test_kernels_generate_the_same_tokens(folder, how):
     loaded = load(DATA / folder)
 

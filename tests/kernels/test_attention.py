@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from dsv3_jax.kernels.attention import pallas_gpu, pallas_tpu, pallas_tpu_backward
 from dsv3_jax.kernels.attention.api import mla_attention
+from oracles.accelerators import HERE
 from oracles.unchecked import unchecked
 
-IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret"]
+IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -214,6 +215,7 @@ GOOD = {
     [
         ({"implementation": "flash"}, "implementation: expected one of reference, pallas_tpu, pallas_gpu"),
         ({"implementation": "reference:interpret"}, "implementation: expected one of"),
+        ({"scale": 0.0}, "scale: expected a positive number, got 0.0"),
         ({"v_BHSW": jnp.ones((1, 2, 5, 6), jnp.bfloat16)}, "v_BHSW: expected q_content's dtype"),
         ({"k_rope_BSR": jnp.ones((1, 5, 3))}, r"k_rope_BSR: expected \[1, 5, 4\]"),
         ({"q_rope_BHTR": jnp.ones((1, 2, 4, 4))}, r"q_rope_BHTR: expected \[1, 2, 3, 4\]"),

@@ -15,9 +15,10 @@ from dsv3_jax.kernels.decode.api import decode_attention, paged_decode_attention
 from dsv3_jax.kernels.decode.combine import combine
 from dsv3_jax.kernels.decode.plan import Cost, Problem, least, performed
 from dsv3_jax.kernels.decode.work import make_work
+from oracles.accelerators import HERE
 from oracles.unchecked import unchecked
 
-IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret"]
+IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
 SMALL_TPU = pallas_tpu.Blocks(rows=256, height=128, queries=4, columns=128, depth=3)
 BFLOAT16, FLOAT32 = jnp.bfloat16, jnp.float32
 SCALE = 0.37

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from dsv3_jax.kernels.grouped import cost, pallas_gpu, pallas_tpu
 from dsv3_jax.kernels.grouped.api import grouped_product, grouped_swiglu
 from dsv3_jax.kernels.grouped.work import make_work
+from oracles.accelerators import HERE
 from oracles.compiling import quick_jit
 from oracles.unchecked import unchecked
 
-IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu:interpret", "pallas_gpu:interpret"]
+IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
 SMALL_TPU = pallas_tpu.Blocks(rows=32, inner=128, outer=256, height=16, columns=128)
 SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
 
@@ -26,8 +27,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "V5P", SMALL_TPU)
     monkeypatch.setattr(pallas_tpu, "WIDE", SMALL_TPU)
     monkeypatch.setattr(pallas_tpu, "V5P_OUTER", SMALL_TPU)
-    monkeypatch.setattr(pallas_gpu, "PRODUCTS", {1: SMALL_GPU, 2: SMALL_GPU})
-    monkeypatch.setattr(pallas_gpu, "OUTER", SMALL_GPU)
+    monkeypatch.setattr(pallas_gpu, "PRODUCTS", dict.fromkeys(pallas_gpu.PRODUCTS, {7: SMALL_GPU}))
+    monkeypatch.setattr(pallas_gpu, "OUTER", dict.fromkeys(pallas_gpu.OUTER, SMALL_GPU))
 
 
 def group_of(count, rows):
@@ -156,6 +157,12 @@ SOME = [20, 0, 33, 1], 60, (136, 200), 0, 1.0
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_one_set_of_experts(implementation):
     check_experts(implementation, jnp.float32, SOME)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_of_one_channel(implementation):
+    """Whose pre-activations are as narrow as the gates, one number a row."""
+    check_experts(implementation, jnp.float32, ([3, 0, 2], 7, (1, 1), 0, 1.0))
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ from dsv3_jax.fp8.quantize import WHOLE, Quantiser
 from dsv3_jax.kernels.quantise import pallas_gpu, pallas_tpu
 from dsv3_jax.kernels.quantise.api import quantise, requantise_transposed, swiglu_quantise
 from oracles import numpy_fp8
+from oracles.accelerators import HERE
 from oracles.compiling import quick_jit
 from oracles.unchecked import unchecked
 
-IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret"]
+IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
 TILES = [(1, 128), (128, 1), (128, 128)]
 SHAPES = [(1, 1), (5, 7), (200, 300), (300, 129), (2, 130, 257), (257, 128)]
 

@@ -11,10 +11,11 @@ from dsv3_jax.kernels.router import pallas_gpu, pallas_tpu
 from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.moe.router import route
 from oracles import checks_router, numpy_moe, vectors
+from oracles.accelerators import HERE
 from oracles.compiling import quick_jit
 from oracles.unchecked import unchecked
 
-IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret"]
+IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
 # Sides that are no powers of two, of experts and of groups, and more than one register of lanes.
 LARGE = {
     "v3": (256, dict(num_experts_per_tok=8, n_group=8, topk_group=4, routed_scaling_factor=2.5)),

@@ -20,10 +20,11 @@ from dsv3_jax.kernels.scaled.api import (
     scaled_product_transposed,
 )
 from oracles import numpy_fp8
+from oracles.accelerators import HERE
 from oracles.compiling import quick_jit
 from oracles.unchecked import unchecked
 
-IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret"]
+IMPLEMENTATIONS = ["reference", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
 ROW, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
 SHAPES = [(1, 1, 1), (5, 130, 7), (200, 300, 150), (130, 128, 300), (40, 700, 129)]
 

@@ -1,5 +1,7 @@
 """FP8 in NumPy, one tile and one group at a time: what `dsv3_jax/fp8` is compared with."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 
@@ -79,17 +81,32 @@ def error_bound(x, how):
 
 
 def tensor_core(a, b, start, reading):
-    """start + a b: groups of 32 products, each cut to 14 bits below the group's largest exponent, towards zero."""
+    """start + a b: groups of 32 products, each cut to 14 bits below the group's largest exponent, towards zero.
+
+    A product's exponent is the sum of its operands'. Aligned, the total is cut with them, and the new one to 14 bits again.
+    """
     (m, k), n = a.shape, b.shape[1]
     total = np.array(start, np.float32)
     for i in range(m):
         for j in range(n):
             for first in range(0, k, 32):
-                terms = [float(np.float32(p)) for p in a[i, first : first + 32] * b[first : first + 32, j]]
+                pairs = list(zip(a[i, first : first + 32].tolist(), b[first : first + 32, j].tolist(), strict=True))
+                terms = [float(np.float32(x * y)) for x, y in pairs]
+                exponents = [exponent(x) + exponent(y) for x, y in pairs if x * y]
                 if reading == "aligned":
                     terms.append(float(total[i, j]))
-                largest = max(abs(term) for term in terms)
-                unit = 2.0 ** (int(np.frexp(largest)[1]) - 14) if largest else 1.0
-                cut = sum(int(term / unit) for term in terms) * unit  # int() cuts off
-                total[i, j] = np.float32(cut) if reading == "aligned" else total[i, j] + np.float32(cut)
+                    exponents += [exponent(terms[-1])] if terms[-1] else []
+                added = sum(cut_to(term, max(exponents, default=0)) for term in terms)
+                total[i, j] = cut_to(added) if reading == "aligned" else total[i, j] + np.float32(added)
     return total
+
+
+def exponent(x):
+    """1 <= |x| / 2^exponent < 2."""
+    return math.frexp(x)[1] - 1
+
+
+def cut_to(x, largest=None):
+    """x cut towards zero to 14 bits below an exponent, or its own."""
+    unit = 2.0 ** ((exponent(x) if largest is None else largest) - 13)
+    return math.trunc(x / unit) * unit

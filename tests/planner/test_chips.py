@@ -27,7 +27,7 @@ def test_a_number_can_be_replaced_and_says_so():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("h9000", [], "expected one of h800, h100, v5p, v6e, tpu7x, got 'h9000'"),
+        ("h9000", [], "expected one of h800, h100, h200, v5p, v6e, tpu7x, got 'h9000'"),
         ("h800", ["tflops=1"], "expected one of bf16_tflops, .*, got 'tflops'"),
         ("h800", ["hbm_gbs=fast"], "hbm_gbs: expected a number, got 'fast'"),
         ("h800", ["hbm_gbs=0"], "hbm_gbs: expected a positive number"),

@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 
 from dsv3_jax.settings import override
+from oracles.accelerators import HERE
 from oracles.checks_step import RELEASED, rows, run_gradients, step_config
 from oracles.random_checkpoint import random_tensors
 
 
-@pytest.mark.parametrize("kernels", ["pallas_tpu:interpret", pytest.param("pallas_gpu:interpret", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kernels", ["pallas_tpu:interpret", pytest.param("pallas_gpu:interpret", marks=pytest.mark.slow), *HERE]
+)
+@jax.default_matmul_precision("highest")  # for accelerators
 def test_the_step_with_kernels_is_the_step_without(kernels):
     config, tensors = step_config(RELEASED, model={"remat": "report"}), random_tensors(RELEASED, seed=0)
     plain, terms = run_gradients(config, tensors, rows(), 2)

@@ -51,7 +51,7 @@ def mla_attention(
     A query sees the keys at or before its position and, where `segments` is given, those of its own document alone: ids from
     1 on, 0 for padding. Results and gradients of padding are zero, and whatever it holds, NaN included, reaches nothing else.
     Operands are all float32 or all bfloat16. `implementation`: one of IMPLEMENTATIONS; see `kernels.modes`.
-    Raises ValueError for another one, for dtypes that differ, and for sides that do not fit each other.
+    Raises ValueError for another one, for dtypes that differ, for sides that do not fit each other, or a scale not above 0.
     """
     heads = Heads(q_content_BHTC, q_rope_BHTR, k_content_BHSC, k_rope_BSR, v_BHSW)
     return attention_and_cache(heads, segments_BS, scale, None, implementation=implementation)[0]
@@ -72,6 +72,8 @@ def attention_and_cache(
 ) -> tuple[Float[Array, "B H T W"], Quantised | None]:
     """As `mla_attention`; its output is kept as `cache` rounds it, [B T, H W], for the projection after it as well."""
     mode = mode_of(implementation, tuple(IMPLEMENTATIONS))
+    if not scale > 0:  # the largest product is then the largest score
+        raise ValueError(f"scale: expected a positive number, got {scale}")
     _check(heads, segments_BS)
     if segments_BS is not None:
         segments_BS = segments_BS.astype(jnp.int32)

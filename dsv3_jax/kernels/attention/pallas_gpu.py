@@ -31,9 +31,9 @@ class Blocks(NamedTuple):
 
 
 # By the bytes of a number: float32 is multiplied outside the tensor cores, and is twice as large in shared memory.
-FORWARD = {2: Blocks(128, 64, 8, 2), 4: Blocks(32, 32, 4, 1)}
-QUERIES = {2: Blocks(128, 64, 8, 2), 4: Blocks(32, 32, 4, 1)}
-KEYS = {2: Blocks(64, 64, 8, 2), 4: Blocks(32, 32, 4, 1)}
+FORWARD = {2: Blocks(128, 64, 8, 3), 4: Blocks(32, 32, 8, 1)}
+QUERIES = {2: Blocks(128, 64, 8, 3), 4: Blocks(32, 32, 8, 1)}
+KEYS = {2: Blocks(32, 64, 4, 3), 4: Blocks(32, 32, 8, 1)}
 NARROWEST = 16  # side of a product
 
 
@@ -44,18 +44,18 @@ def forward(operands: Operands, *, interpret: Any) -> tuple[jax.Array, jax.Array
 
     def kernel(q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any, *refs: Any) -> None:
         *segments, out, lse = refs
-        i, h, b = (pl.program_id(axis) for axis in range(3))
+        i, h, b = call.longest_first()
         at = pl.ds(i * block_T, block_T)
         queries = q[b, h, at, :], q_rope[b, h, at, :]
 
         def add(masked: bool, j: Any, carry: Any) -> Any:
             most, total, sums = carry
             to = pl.ds(j * block_S, block_S)
-            s = _scores(queries, (k[b, h, to, :], k_rope[b, to, :])) * (call.scale * LOG2E)
+            s = _scores(queries, (k[b, h, to, :], k_rope[b, to, :]))
             if masked:
                 s = jnp.where(call.seen(segments, b, i, j), s, -jnp.inf)
-            peak = jnp.maximum(most, s.max(axis=1))
-            p, shrunk = jnp.exp2(s - peak[:, None]), jnp.exp2(most - peak)
+            peak = jnp.maximum(most, s.max(axis=1) * call.to_base_2)
+            p, shrunk = jnp.exp2(s * call.to_base_2 - peak[:, None]), jnp.exp2(most - peak)  # one multiplication and sum
             return peak, total * shrunk + p.sum(axis=1), sums * shrunk[:, None] + dot(p.astype(v.dtype), v[b, h, to, :])
 
         start = jnp.full(block_T, LOWEST, jnp.float32), jnp.zeros(block_T, jnp.float32), jnp.zeros((block_T, W), jnp.float32)
@@ -85,7 +85,7 @@ def _of_queries(operands: Operands, lse: jax.Array, delta: jax.Array, d_out: jax
 
     def kernel(q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any, *refs: Any) -> None:
         *segments, lse, delta, d_out, dq, dq_rope = refs
-        i, h, b = (pl.program_id(axis) for axis in range(3))
+        i, h, b = call.longest_first()
         at = pl.ds(i * block_T, block_T)
         queries, g = (q[b, h, at, :], q_rope[b, h, at, :]), d_out[b, h, at, :]
         low, mean = lse[b, h, at][:, None] * LOG2E, delta[b, h, at][:, None]
@@ -93,7 +93,7 @@ def _of_queries(operands: Operands, lse: jax.Array, delta: jax.Array, d_out: jax
         def add(masked: bool, j: Any, sums: Any) -> Any:
             to = pl.ds(j * block_S, block_S)
             keys = k[b, h, to, :], k_rope[b, to, :]
-            p = jnp.exp2(_scores(queries, keys) * (call.scale * LOG2E) - low)
+            p = jnp.exp2(_scores(queries, keys) * call.to_base_2 - low)
             if masked:
                 p = jnp.where(call.seen(segments, b, i, j), p, 0.0)
             ds = (p * (dot(g, v[b, h, to, :].T) - mean)).astype(q.dtype)
@@ -121,7 +121,7 @@ def _of_keys(operands: Operands, lse: jax.Array, delta: jax.Array, d_out: jax.Ar
         def add(i: Any, sums: Any) -> Any:
             at = pl.ds(i * block_T, block_T)
             queries, g = (q[b, h, at, :], q_rope[b, h, at, :]), d_out[b, h, at, :]
-            p = jnp.exp2(_scores(keys, queries) * (call.scale * LOG2E) - lse[b, h, at][None, :] * LOG2E)
+            p = jnp.exp2(_scores(keys, queries) * call.to_base_2 - lse[b, h, at][None, :] * LOG2E)
             p = jnp.where(call.seen(segments, b, i, j, across=True), p, 0.0)
             ds = (p * (dot(values, g.T) - delta[b, h, at][None, :])).astype(q.dtype)
             pairs = (ds, queries[0]), (ds, queries[1]), (p.astype(v.dtype), g)
@@ -146,6 +146,7 @@ class _Call:
 
     def __init__(self, operands: Operands, table: dict[int, Blocks], *beside: jax.Array) -> None:
         q, q_rope, k, k_rope, v, segments_BS, self.scale = operands
+        self.to_base_2 = self.scale * LOG2E
         self.blocks = blocks = table[q.dtype.itemsize]
         self.offset = k.shape[2] - q.shape[2]
         of_queries, of_keys = (partial(_padded, step=step) for step in blocks[:2])
@@ -161,6 +162,10 @@ class _Call:
         params = plgpu.CompilerParams(num_warps=self.blocks.warps, num_stages=self.blocks.stages)
         call = pl.pallas_call(kernel, out_shape=shapes, grid=grid, compiler_params=params, name=name, interpret=interpret)
         return list(call(*self.arrays, *self.segments, *self.beside))
+
+    def longest_first(self) -> tuple[Any, Any, Any]:
+        """This program's block of queries, head and sequence. The last blocks see most keys: they start first."""
+        return self.n_T - 1 - pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
     def seen(self, segments: Any, b: Any, i: Any, j: Any, *, across: bool = False) -> jax.Array:
         """[queries, keys], or `across` [keys, queries]."""

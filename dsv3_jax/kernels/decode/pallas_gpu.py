@@ -32,7 +32,7 @@ class Blocks(NamedTuple):
 
 # The first that has room for all queries of a sequence, or the last. Tensor cores have no float32: it takes registers.
 BLOCKS = {
-    jnp.dtype(jnp.bfloat16): (Blocks(16, 64, 4, 2), Blocks(64, 32, 8, 2)),
+    jnp.dtype(jnp.bfloat16): (Blocks(16, 64, 4, 2), Blocks(32, 64, 4, 2)),
     jnp.dtype(jnp.float32): (Blocks(16, 16, 4, 2),),
 }
 
@@ -82,13 +82,18 @@ def attend(
             top, total, result = state
             row = i * blocks.rows + jnp.arange(blocks.rows, dtype=jnp.int32)
             own = row < visible
-            own_page = plgpu.load(table.at[b, lax.div(row, page)], mask=own, other=0)
+            if page % blocks.rows:  # a row is where its own page is
+                own_page = plgpu.load(table.at[b, lax.div(row, page)], mask=own, other=0)[:, None]
+                place = lax.rem(row, page)[:, None]
+            else:  # the block is within one
+                own_page = table[b, lax.div(i * blocks.rows, page)]
+                place = lax.rem(i * blocks.rows, page) + jnp.arange(blocks.rows, dtype=jnp.int32)[:, None]
 
             def load(start: int, end: int, side: int) -> Any:
                 column = start + jnp.arange(side, dtype=jnp.int32)
-                mask = own[:, None] & (column < end)[None, :]
-                place = cache.at[own_page[:, None], lax.rem(row, page)[:, None], column[None, :]]
-                return plgpu.load(place, mask=mask, other=0.0)
+                mask = own[:, None] if side == end - start else own[:, None] & (column < end)[None, :]
+                mask = jnp.broadcast_to(mask, (blocks.rows, side))
+                return plgpu.load(cache.at[own_page, place, column[None, :]], mask=mask, other=0.0)
 
             keys = [load(*ends_of) for ends_of in zip(starts, ends, sides, strict=True)]
             scores = sum(dot(q, key.T) for q, key in zip(q_parts, keys, strict=True)) * to_base_2

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-CORES = {"pallas_tpu": 2, "pallas_gpu": 132}  # of the largest chips: v5p, H100
-PER_CORE = {"pallas_tpu": 1 << 30, "pallas_gpu": 64}  # heads times queries that one takes at once
+# Of the largest chips: v5p's; an H200's 132, of which each runs two programs, twice, as lengths are not alike.
+CORES = {"pallas_tpu": 2, "pallas_gpu": 528}
+PER_CORE = {"pallas_tpu": 1 << 30, "pallas_gpu": 32}  # heads times queries that one takes at once
 SHORTEST = 512  # rows of a split worth combining
 
 

@@ -29,9 +29,13 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By the number of weights that a row is multiplied with at once.
-PRODUCTS = {1: Blocks(128, 64, 128, 8, 3), 2: Blocks(64, 64, 128, 8, 3)}
-OUTER = Blocks(64, 128, 128, 8, 3)
+# The fastest on an H200, as in the other kernels; float32 is multiplied outside the tensor cores, and takes twice the shared
+# memory. By the bytes of a number; then up to how many results and operands beside the product, that registers hold at the end.
+PRODUCTS = {
+    2: {2: Blocks(128, 64, 256, 8, 4), 4: Blocks(128, 64, 128, 8, 3), 7: Blocks(128, 64, 64, 8, 4)},
+    4: {2: Blocks(64, 32, 64, 4, 2), 7: Blocks(64, 32, 64, 8, 2)},
+}
+OUTER = {2: Blocks(64, 128, 256, 8, 3), 4: Blocks(32, 64, 64, 4, 2)}
 
 
 def products(
@@ -47,12 +51,13 @@ def products(
     interpret: Any,
 ) -> tuple[jax.Array, ...]:
     """As `call.Products`."""
-    (rows, inner), n_groups, blocks = x_RI.shape, weights[0].shape[0], PRODUCTS[len(weights)]
+    (rows, inner), n_groups, blocks = x_RI.shape, weights[0].shape[0], _blocks_of(x_RI, len(outs) + len(extras))
     outer = weights[0].shape[1 if transposed else 2]
     x_RI = _fill(x_RI, blocks.rows, blocks.inner)
     sides = (blocks.outer, blocks.inner) if transposed else (blocks.inner, blocks.outer)
     weights = [_fill(w, *sides) for w in weights]
-    extras = [_fill(v, blocks.rows, 1 if v.shape[1] == 1 else blocks.outer) for v in extras]
+    narrow = [v.shape[1] < outer for v in extras]
+    extras = [_fill(v, blocks.rows, 1 if one else blocks.outer) for v, one in zip(extras, narrow, strict=True)]
     height, n_outer, n_inner = x_RI.shape[0], pl.cdiv(outer, blocks.outer), pl.cdiv(inner, blocks.inner)
     none = height - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
     work = make_work(jnp.append(count_E, none), height, blocks.rows)
@@ -77,7 +82,8 @@ def products(
             zeros = tuple(jnp.zeros((blocks.rows, blocks.outer), jnp.float32) for _ in ws)
             last = lax.select(group < n_groups, jnp.int32(n_inner), jnp.int32(0))  # of one type, as Triton's loops want
             totals = lax.fori_loop(jnp.int32(0), last, add, zeros)
-            beside = [(v[rows_at, :] if v.shape[1] == 1 else v[rows_at, at]).astype(jnp.float32) for v in more]
+            sides = [slice(None) if one else at for one in narrow]
+            beside = [v[rows_at, side].astype(jnp.float32) for v, side in zip(more, sides, strict=True)]
             for y, value, width in zip(ys, epilogue(totals, beside), widths, strict=True):
                 value = value.reshape(blocks.rows, blocks.outer // width, width).sum(axis=1)
                 value = jnp.where(group < n_groups, value, 0.0).astype(y.dtype)
@@ -97,7 +103,7 @@ def products(
 
 def outer_products(x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtype: Any, name: str, interpret: Any) -> jax.Array:
     """As `call.OuterProducts`."""
-    (_, inner), outer, n_groups, blocks = x_RI.shape, y_RO.shape[1], count_E.shape[0], OUTER
+    (_, inner), outer, n_groups, blocks = x_RI.shape, y_RO.shape[1], count_E.shape[0], OUTER[x_RI.dtype.itemsize]
     x_RI, y_RO = _fill(x_RI, blocks.rows, blocks.inner), _fill(y_RO, blocks.rows, blocks.outer)
     end_E = jnp.cumsum(count_E, dtype=jnp.int32)
     n_inner, n_outer = x_RI.shape[1] // blocks.inner, y_RO.shape[1] // blocks.outer
@@ -107,13 +113,21 @@ def outer_products(x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtyp
         first, end = first_E[group], end_E[group]
 
         def add(tile: Any, total: Any) -> Any:
+            at = _at(tile, blocks.rows)
+            return total + dot(x[at, i_at].T, y[at, o_at])
+
+        def add_own(tile: Any, total: Any) -> Any:
             row = tile * blocks.rows + jnp.arange(blocks.rows, dtype=jnp.int32)
             own, at = ((row >= first) & (row < end))[:, None], _at(tile, blocks.rows)
             a, b = (jnp.where(own, v[at, side], jnp.zeros((), v.dtype)) for v, side in ((x, i_at), (y, o_at)))
             return total + dot(a.T, b)
 
-        tiles = lax.div(first, blocks.rows), lax.div(end + blocks.rows - 1, blocks.rows)
-        total = lax.fori_loop(*tiles, add, jnp.zeros((blocks.inner, blocks.outer), jnp.float32))
+        # Only the first and the last tile hold rows of others; a loop without selects goes from memory to the tensor cores.
+        begin, stop = lax.div(first, blocks.rows), lax.div(end + blocks.rows - 1, blocks.rows)
+        whole = jnp.minimum(lax.div(first + blocks.rows - 1, blocks.rows), stop)
+        rest = jnp.maximum(lax.div(end, blocks.rows), whole)
+        total = lax.fori_loop(begin, whole, add_own, jnp.zeros((blocks.inner, blocks.outer), jnp.float32))
+        total = lax.fori_loop(rest, stop, add_own, lax.fori_loop(whole, rest, add, total))
         w[group, i_at, o_at] = total.astype(w.dtype)
 
     call = pl.pallas_call(
@@ -125,6 +139,10 @@ def outer_products(x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtyp
         interpret=interpret,
     )
     return call(end_E - count_E, end_E, x_RI, y_RO)[:, :inner, :outer]
+
+
+def _blocks_of(x: jax.Array, beside: int) -> Blocks:
+    return next(blocks for most, blocks in PRODUCTS[x.dtype.itemsize].items() if beside <= most)
 
 
 def _at(i: Any, size: int) -> Any:

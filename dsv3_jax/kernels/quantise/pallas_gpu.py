@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
     warps: int
 
 
-BLOCKS = {(1, SIDE): Blocks(32, SIDE, 4), (SIDE, 1): Blocks(SIDE, 64, 8), (SIDE, SIDE): Blocks(SIDE, SIDE, 8)}
+BLOCKS = {(1, SIDE): Blocks(32, SIDE, 4), (SIDE, 1): Blocks(SIDE, 64, 4), (SIDE, SIDE): Blocks(SIDE, SIDE, 4)}
 
 Load = Callable[[Sequence[jax.Array]], jax.Array]  # pieces in float32, [rows, columns] or [rows, 1] -> the piece to quantise
 
