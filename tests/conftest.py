@@ -1,6 +1,7 @@
 """Settings of every test: `oracles` importable, JAX refuses implicit promotion, hypothesis is repeatable."""
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,14 @@ import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Compilation is most of the tests' time, and lowering fusions through MLIR two thirds of that. Read when the first array is
+# made, by child processes too; a later JAX may not know the flag, and XLA ends the process that names one it does not know.
+if jax.__version_info__ < (0, 11) and "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+
+# Tracing allocates much that lives on; searching all of it for cycles every 700 objects takes a quarter of the tracing.
+gc.set_threshold(50_000, 10, 10)
 
 # A mesh to test on. What names no layout runs on the first of them, as it does where there is one.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -5,11 +5,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from dsv3_jax.moe.balance import controller_of
 from dsv3_jax.training.step import train_step
@@ -47,3 +50,13 @@ def test_two_steps_give_the_stored_metrics():
                 # turns over where a gradient is next to nothing; 2e-4 leaves room for a few of those.
                 np.testing.assert_allclose(ours[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
     np.testing.assert_allclose(actual["bias"], stored["bias"], rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_the_program_as_users_compile_it_gives_them_too():
+    """The other tests lower fusions in XLA's older way, which compiles faster; see conftest.py."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__, here / "smoke"]
+    env = os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=true"}
+    done = subprocess.run([*command, "-k", "not experiment"], cwd=here.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]

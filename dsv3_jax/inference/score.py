@@ -161,24 +161,24 @@ def _kept(x_BTD: Array, routing: Routing | None) -> _Layer:
 
 
 def _block(params: Any, bias_E: Any, x_BTD: Array, config: ModelConfig, placement: Placement | None) -> _Layer:
-    return _kept(*block(params, bias_E, x_BTD, _context(x_BTD, config, placement), config))
+    return _kept(*block(params, bias_E, x_BTD, score_context(x_BTD, config, placement), config))
 
 
 def _depth(
     params: Any, bias_E: Array, x_BTD: Array, embedding_BTD: Array, config: ModelConfig, placement: Placement | None
 ) -> _Layer:
-    return _kept(*module(params, bias_E, x_BTD, embedding_BTD, _context(x_BTD, config, placement), config))
+    return _kept(*module(params, bias_E, x_BTD, embedding_BTD, score_context(x_BTD, config, placement), config))
 
 
-def _context(x_BTD: Array, config: ModelConfig, placement: Placement | None) -> Any:
+def score_context(x_BTD: Array, config: ModelConfig, placement: Placement | None) -> Any:
     segments = jnp.ones(x_BTD.shape[:2], jnp.int32)
     return make_context(segments, config, cross_document=True, placement=placement)
 
 
 @lru_cache(maxsize=16)
 def _compiled(
-    function: Callable[..., _Layer], config: ModelConfig, placement: Placement | None, n_inputs: int, stored: Any
-) -> Callable[..., _Layer]:
+    function: Callable[..., Any], config: ModelConfig, placement: Placement | None, n_inputs: int, stored: Any
+) -> Callable[..., Any]:
     local = partial(function, config=config, placement=placement)
     if placement is None:
         return jax.jit(local)
@@ -187,7 +187,7 @@ def _compiled(
     return jax.jit(jax.shard_map(local, mesh=placement.mesh, in_specs=in_specs, out_specs=rows))
 
 
-def _run(function: Callable[..., _Layer], params: Any, bias_E: Any, *inputs: Array, supply: Supply) -> _Layer:
+def run_layer(function: Callable[..., Any], params: Any, bias_E: Any, *inputs: Array, supply: Supply) -> Any:
     """One layer; on a mesh each device computes its own sequences."""
     stored = None
     if supply.placement is None:
@@ -205,6 +205,11 @@ def _experts_as_bits(params: Any) -> Any:
         return bits_on_cpu(leaf) if any(getattr(key, "key", None) == "experts" for key in path) else leaf
 
     return jax.tree_util.tree_map_with_path(part, params)
+
+
+def final_norm(x_BTD: Array, supply: Supply, gain: Array | None = None) -> Array:
+    """With the main model's gain, or an MTP module's."""
+    return _norm(x_BTD, supply.gain() if gain is None else gain, supply.config.rms_norm_eps)
 
 
 @partial(jax.jit, static_argnames=("eps",))
@@ -242,14 +247,14 @@ def score(supply: Supply, tokens: Int[np.ndarray, "B T"], *, progress: bool = Fa
     with bar:
         x_BTD = jnp.asarray(supply.embedding(tokens), dtype)
         for params, bias_E in supply.layers():
-            layer = _run(_block, params, bias_E, x_BTD, supply=supply)
+            layer = run_layer(_block, params, bias_E, x_BTD, supply=supply)
             x_BTD = jax.block_until_ready(layer.x_BTD)
             del params  # before the next layer is read
             if layer.indices_BTK is not None:
                 indices.append(np.asarray(layer.indices_BTK))
                 gates.append(np.asarray(layer.gates_BTK))
             bar.update()
-        normed_BTD = _norm(x_BTD, supply.gain(), config.rms_norm_eps)
+        normed_BTD = final_norm(x_BTD, supply)
         logits = np.empty((batch, length, config.vocab_size), np.float32)
         _logits(supply, normed_BTD, logits)
         shape = (0, batch, length, config.num_experts_per_tok)
@@ -276,8 +281,8 @@ def _with_depths(supply: Supply, tokens: np.ndarray, hidden_BTD: Array, main: Sc
         assert bias_E is not None
         shifted = np.pad(tokens, ((0, 0), (0, k)))[:, k:]
         embedding_BTD = jnp.asarray(supply.embedding(shifted), hidden_BTD.dtype)
-        layer = _run(_depth, params, bias_E, hidden_BTD, embedding_BTD, supply=supply)
-        normed_BTD = _norm(layer.x_BTD, params["norm"], config.rms_norm_eps)
+        layer = run_layer(_depth, params, bias_E, hidden_BTD, embedding_BTD, supply=supply)
+        normed_BTD = final_norm(layer.x_BTD, supply, params["norm"])
         hidden_BTD = normed_BTD if config.mtp_hidden == "post_norm" else layer.x_BTD
         del params
         _logits(supply, normed_BTD, logits[k - 1])

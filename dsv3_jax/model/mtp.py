@@ -58,11 +58,17 @@ def module(
     embedding_BTD: Float[Array, "B T D"],
     context: Context,
     config: ModelConfig,
+    forced_BTK: Int[Array, "B T K"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Eqs. 21-22: one transformer block over the pair. Returns the residual stream and its routing."""
+    """Eqs. 21-22: one transformer block over the pair. Returns the residual stream and its routing, `forced` as in `route`."""
     eh_proj = gathered(params["eh_proj"], mtp_spec(config)["eh_proj"], context.placement, config.compute_dtype)
     x_BTD = module_input({**params, "eh_proj": eh_proj}, hidden_BTD, embedding_BTD, config)
-    return block(params["block"], bias_E, x_BTD, context, config)
+    return block(params["block"], bias_E, x_BTD, context, config, *_given(forced_BTK))
+
+
+def _given(forced_BTK: Array | None) -> tuple[Array, ...]:
+    """The argument, where there is one: who puts another block or module here need not know of it."""
+    return () if forced_BTK is None else (forced_BTK,)
 
 
 def module_input(
@@ -88,24 +94,26 @@ def mtp_forward(
     *,
     summary: Summary = keep_routing,
     extras: Any = None,
+    forced_LBTK: Int[Array, "M B T K"] | None = None,
 ) -> list[Depth]:
     """Every depth's hidden states, from the main model's. Rows without a target hold values that nothing may read.
 
-    `bias_LE` has a row for each MoE layer, the main model's first; `extras`, for `summary`, a row for each depth.
+    `bias_LE` has a row for each MoE layer, the main model's first; `extras`, for `summary`, and `forced_LBTK`, experts
+    to use (`moe.router.route`), a row for each depth.
     """
 
     def one_depth(hidden_BTD: Array, layer: Any) -> tuple[Array, Any]:
-        weights, bias_E, embedding_BTD, extra = layer
-        x_BTD, routing = module(weights, bias_E, hidden_BTD, embedding_BTD, context, config)
+        weights, bias_E, embedding_BTD, extra, forced_BTK = layer
+        x_BTD, routing = module(weights, bias_E, hidden_BTD, embedding_BTD, context, config, *_given(forced_BTK))
         return x_BTD, summary(routing, extra)
 
     depths: list[Depth] = []
     hidden = main.normed_BTD if config.mtp_hidden == "post_norm" else main.residual_BTD
     for k in range(1, config.num_nextn_predict_layers + 1):
-        weights, extra = jax.tree.map(lambda a, row=k - 1: a[row], (params["mtp"], extras))
+        weights, extra, forced_BTK = jax.tree.map(lambda a, row=k - 1: a[row], (params["mtp"], extras, forced_LBTK))
         bias_E = bias_LE[config.n_main_moe_layers + k - 1]
         embedding = embed(params, shifted(tokens_BT, k), config, context.placement)
-        x_BTD, kept = remat.rematerialised(one_depth, config)(hidden, (weights, bias_E, embedding, extra))
+        x_BTD, kept = remat.rematerialised(one_depth, config)(hidden, (weights, bias_E, embedding, extra, forced_BTK))
         normed = rms_norm(x_BTD, weights["norm"], config.rms_norm_eps)
         depths.append(Depth(normed, x_BTD, kept))
         hidden = normed if config.mtp_hidden == "post_norm" else x_BTD

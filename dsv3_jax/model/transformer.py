@@ -115,8 +115,9 @@ def block(
     x_BTD: Float[Array, "B T D"],
     context: Context,
     config: ModelConfig,
+    forced_BTK: Int[Array, "B T K"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
-    """Pre-norm attention and feed-forward; a mixture of experts where a router bias is given."""
+    """Pre-norm attention and feed-forward; a mixture of experts where a router bias is given, `forced` as in `route`."""
     placement = context.placement
     params = gathered(params, block_spec(config, dense=bias_E is None), placement, config.compute_dtype)
     normed = rms_norm(x_BTD, params["input_layernorm"], config.rms_norm_eps)
@@ -125,7 +126,7 @@ def block(
     normed = rms_norm(x_BTD, params["post_attention_layernorm"], config.rms_norm_eps)
     if bias_E is None:
         return x_BTD + sum_over_tensor(swiglu(params["mlp"], normed, config), placement), None
-    out_BTD, routing = moe(params["mlp"], bias_E, normed, config, placement)
+    out_BTD, routing = moe(params["mlp"], bias_E, normed, config, placement, forced_BTK)
     return x_BTD + out_BTD, routing
 
 
@@ -143,11 +144,13 @@ def forward(
     *,
     summary: Summary = keep_routing,
     extras: Any = None,
+    forced_LBTK: Int[Array, "M B T K"] | None = None,
 ) -> Hidden:
     """The main model. `bias_LE` has a row for each MoE layer (rows of MTP layers, if any follow, are not read).
 
     `summary(routing, extra)` is applied inside the scan to each MoE layer's routing and that layer's row of `extras`, so
-    that training keeps counts and a loss where a study keeps all of it.
+    that training keeps counts and a loss where a study keeps all of it. `forced_LBTK`: experts to use (`moe.router.route`), a
+    row for each MoE layer of the main model; E where a token is free.
     """
     x_BTD = embed(params, tokens_BT, config, context.placement)
 
@@ -155,8 +158,8 @@ def forward(
         return block(layer, None, x, context, config)[0], None
 
     def moe_layer(x: Array, layer: Any) -> tuple[Array, Any]:
-        weights, bias_E, extra = layer
-        x, routing = block(weights, bias_E, x, context, config)
+        weights, bias_E, extra, forced_BTK = layer
+        x, routing = block(weights, bias_E, x, context, config, forced_BTK)
         assert routing is not None
         return x, summary(routing, extra)
 
@@ -164,6 +167,6 @@ def forward(
         x_BTD, _ = jax.lax.scan(remat.rematerialised(dense_layer, config), x_BTD, params["dense_layers"])
     kept = None
     if config.n_main_moe_layers:
-        layers = (params["moe_layers"], bias_LE[: config.n_main_moe_layers], extras)
+        layers = (params["moe_layers"], bias_LE[: config.n_main_moe_layers], extras, forced_LBTK)
         x_BTD, kept = jax.lax.scan(remat.rematerialised(moe_layer, config), x_BTD, layers)
     return Hidden(rms_norm(x_BTD, params["norm"], config.rms_norm_eps), x_BTD, kept)

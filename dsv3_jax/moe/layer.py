@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.precision import wire
@@ -43,12 +43,13 @@ def moe(
     u_BTD: Float[Array, "B T D"],
     config: ModelConfig,
     placement: Placement | None = None,
+    forced_BTK: Int[Array, "B T K"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """sum_i g_i FFN_i(u) + FFN_shared(u), and what the router decided. No token is dropped.
+    """sum_i g_i FFN_i(u) + FFN_shared(u), and what the router decided, or was `forced` to. No token is dropped.
 
     Under a `placement`, `u_BTD` is the device's share of the batch and `params` its pieces; experts may be on other ranks.
     """
-    routing = route(u_BTD, params["gate"], bias_E, config)
+    routing = route(u_BTD, params["gate"], bias_E, config, forced_BTK)
     u_BTD = varying_like(params["experts"], u_BTD)  # once for all experts, shared ones too: its gradient is then summed once
     batch, length, hidden = u_BTD.shape
     flat = (batch * length, -1)

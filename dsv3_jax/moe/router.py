@@ -26,11 +26,11 @@ from dsv3_jax.plugins import resolve
 class Routing(NamedTuple):
     """What one router decided for every token; stacked by layer in a model's output."""
 
-    indices: Int[Array, "*batch K"]  # by descending biased score, ties to the lower id
+    indices: Int[Array, "*batch K"]  # the experts used: by descending biased score, ties to the lower id; or as forced
     gates: Float[Array, "*batch K"]  # normalised and scaled
     scores: Float[Array, "*batch E"]  # affinities s, unbiased
     logits: Float[Array, "*batch E"]
-    margin: Float[Array, "*batch"]  # biased score of the last expert chosen minus that of the first one not; inf if none
+    margin: Float[Array, "*batch"]  # own choice: biased score of its last expert minus that of the first one not; inf if none
 
 
 def group_limited(biased: Float[Array, "*batch E"], config: ModelConfig) -> Float[Array, "*batch E"]:
@@ -62,9 +62,34 @@ SELECTORS: dict[str, Callable[..., Array]] = {
 
 
 def route(
+    x: Float[Array, "*batch D"],
+    weight_DE: Float[Array, "D E"],
+    bias_E: Float[Array, " E"],
+    config: ModelConfig,
+    forced: Int[Array, "*batch K"] | None = None,
+) -> Routing:
+    """Eqs. 12-16. The bias moves selection only: no gradient flows through it or through the choice.
+
+    `forced`, int32: distinct experts to use instead of the token's choice, in this order; where the first is E (none), the
+    token is free. Gates are of the experts used, from the token's own scores. Raises ValueError if its K is not the model's.
+    """
+    own = _own_choice(x, weight_DE, bias_E, config)
+    return own if forced is None else _forced_to(own, forced, config)
+
+
+def _forced_to(own: Routing, forced: Int[Array, "*batch K"], config: ModelConfig) -> Routing:
+    """Forced and free tokens go through the same operations, so that a pass and its replay are equal to the last bit."""
+    if forced.shape != own.indices.shape:
+        expected, got = list(own.indices.shape), list(forced.shape)
+        raise ValueError(f"forced: expected experts {expected}, got {got}; give each token num_experts_per_tok of them")
+    is_free = forced[..., :1] >= config.n_routed_experts
+    indices = jnp.where(is_free, own.indices, forced)
+    return own._replace(indices=indices, gates=gates(own.scores, indices, config))
+
+
+def _own_choice(
     x: Float[Array, "*batch D"], weight_DE: Float[Array, "D E"], bias_E: Float[Array, " E"], config: ModelConfig
 ) -> Routing:
-    """Eqs. 12-16. The bias moves selection only: no gradient flows through it or through the choice."""
     x, weight_DE, fp8 = x.astype(jnp.float32), weight_DE.astype(jnp.float32), products(config, "gate")
     if fp8 is None:
         logits = jnp.matmul(x, weight_DE, precision="highest", preferred_element_type=jnp.float32)

@@ -20,7 +20,9 @@ from dsv3_jax.moe.router import Routing
 from dsv3_jax.parallel.collectives import Placement, sum_over_batch, varying_like
 from dsv3_jax.training.loss import chunk_length, cross_entropy
 
-Batch = Mapping[str, Int[Array, "B S"]]  # tokens, segment_ids, domain_ids; S = inputs and the last target
+# tokens, segment_ids, domain_ids; S = inputs and the last target. And "forced", optional: experts that each MoE layer's router
+# has to use for each input token, MTP's layers last, E where it is free (`moe.router.route`); in the order of a routing trace.
+Batch = Mapping[str, Int[Array, "B S"] | Int[Array, "B T L K"]]
 
 
 class Totals(NamedTuple):
@@ -68,6 +70,11 @@ def batch_totals(batch: Batch, config: Config, placement: Placement | None = Non
     return Totals(targets_Q, tokens_L, sequences_L, load_LE=None)
 
 
+def forced_layers(batch: Batch) -> Int[Array, "L B T K"] | None:
+    """The experts that the batch forces, if any, by layer."""
+    return jnp.moveaxis(batch["forced"], 2, 0) if "forced" in batch else None
+
+
 def run_model(
     params: Any,
     bias_LE: Float[Array, "L E"],
@@ -86,12 +93,13 @@ def run_model(
     def summarise_main(routing: Routing, extra: Any) -> Any:
         return summary(routing, (counted[0], extra))
 
-    main_extras, mtp_extras = (jax.tree.map(lambda a, s=s: a[s], extras_L) for s in (slice(n_main), slice(n_main, None)))
-    main = forward(params, bias_LE, tokens, context, model, summary=summarise_main, extras=main_extras)
+    rows = {"extras": extras_L, "forced_LBTK": forced_layers(batch)}
+    main_rows, mtp_rows = (jax.tree.map(lambda a, s=s: a[s], rows) for s in (slice(n_main), slice(n_main, None)))
+    main = forward(params, bias_LE, tokens, context, model, summary=summarise_main, **main_rows)
     if not model.num_nextn_predict_layers:
         return main, [], main.layers
-    mtp_counted = jnp.stack(counted[n_main:])
-    depths = mtp_forward(params, bias_LE, tokens, main, context, model, summary=summary, extras=(mtp_counted, mtp_extras))
+    mtp_rows["extras"] = jnp.stack(counted[n_main:]), mtp_rows["extras"]
+    depths = mtp_forward(params, bias_LE, tokens, main, context, model, summary=summary, **mtp_rows)
     layers = jax.tree.map(lambda *rows: jnp.stack(rows), *(d.layer for d in depths))
     if main.layers is not None:
         layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), main.layers, layers)

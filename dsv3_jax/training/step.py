@@ -34,7 +34,8 @@ from dsv3_jax.training.objective import (
 )
 from dsv3_jax.training.optimizer import OptState, apply_optimizer, global_norm, init_optimizer
 
-MicroBatches = Mapping[str, Int[Array, "A B S"]]  # tokens, segment_ids, domain_ids; trailing rows may be all padding
+# tokens, segment_ids, domain_ids, and optionally "forced", as in `objective.Batch`; trailing rows may be all padding
+MicroBatches = Mapping[str, Int[Array, "A B S"] | Int[Array, "A B T L K"]]
 Metrics = dict[str, Array]
 
 
@@ -165,6 +166,11 @@ def move_bias(
     return jnp.concatenate([moved[:n_moved], bias_LE[n_moved:]])
 
 
+def all_rows(batch: MicroBatches) -> dict[str, Array]:
+    """The sequences of all micro-batches as one."""
+    return {name: a.reshape(-1, *a.shape[2:]) for name, a in batch.items()}
+
+
 def gradients(
     state: TrainState,
     batch: MicroBatches,
@@ -199,8 +205,8 @@ def _own_gradients(
     placement: Placement | None,
 ) -> tuple[Any, Terms]:
     """`gradients` of the rows that are here, summed over the mesh at the end."""
-    n_micro, _, window = batch["tokens"].shape
-    totals = batch_totals({name: a.reshape(-1, window) for name, a in batch.items()}, config, placement)
+    n_micro = batch["tokens"].shape[0]
+    totals = batch_totals(all_rows(batch), config, placement)
     in_use_A = sum_over_batch((batch["segment_ids"] != 0).any(axis=(1, 2)).astype(jnp.int32), placement) > 0
     used = in_use_A.sum(dtype=jnp.int32)  # the rest is a ramp's padding
     params = own_copies(params, placement)
@@ -243,7 +249,7 @@ def make_eval_step(
     """Compiled `(params, bias, batch) -> sums` over one batch of held-out data; changes no count and no bias."""
 
     def evaluate(params: Any, bias_LE: Array, batch: MicroBatches) -> Metrics:
-        flat = {name: a.reshape(-1, a.shape[-1]) for name, a in batch.items()}
+        flat = all_rows(batch)
         input_domains = flat["domain_ids"][:, :-1]
 
         def domain_load(routing: Routing, extra: Any) -> Array:

@@ -21,7 +21,7 @@ def free_port() -> int:
 
 def environment(devices: int) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)]
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {QUICK}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(paths)}
 
 

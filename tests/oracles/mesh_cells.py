@@ -112,7 +112,9 @@ class Cell:
             return
         stored, rows = placement.stored_specs(model_spec(config.model)), P(None, BATCH_AXES)
         mapped = jax.shard_map(routed, mesh=mesh, in_specs=(stored, P(), BATCH_SPEC), out_specs=rows)
-        self.step, self.route = quick_jit(stepped), quick_jit(mapped)
+        # as `make_train_step`: what comes out lies as what goes in, or a second step would be another program
+        out_shardings = training.state_shardings(config, placement), placement.sharding(P()), None
+        self.step, self.route = quick_jit(stepped, out_shardings=out_shardings), quick_jit(mapped)
 
     def put(self, state: training.TrainState) -> training.TrainState:
         if self.placement is None:

@@ -56,7 +56,13 @@ def is_moe_layer(layer: int, config: Config) -> bool:
 
 
 def block(
-    x_TD: np.ndarray, tensors: Tensors, layer: int, config: Config, positions_T: np.ndarray, mask_TT: np.ndarray
+    x_TD: np.ndarray,
+    tensors: Tensors,
+    layer: int,
+    config: Config,
+    positions_T: np.ndarray,
+    mask_TT: np.ndarray,
+    forced_TK: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Routing | None]:
     """One pre-norm transformer block of one sequence: (x after it, what attention added, what the FFN added, routing)."""
     prefix, eps = f"model.layers.{layer}.", config["rms_norm_eps"]
@@ -66,20 +72,26 @@ def block(
     normed_TD = rms_norm(x_TD, tensors[f"{prefix}post_attention_layernorm.weight"], eps)
     routing = None
     if is_moe_layer(layer, config):
-        fed_TD, routing = moe(normed_TD, tensors, f"{prefix}mlp.", config)
+        fed_TD, routing = moe(normed_TD, tensors, f"{prefix}mlp.", config, forced_TK)
     else:
         fed_TD = swiglu(normed_TD, tensors, f"{prefix}mlp.")
     return x_TD + fed_TD, attended_TD, fed_TD, routing
 
 
 def _blocks_over_batch(
-    x_BTD: np.ndarray, tensors: Tensors, layer: int, config: Config, segment_ids_BT: np.ndarray | None
+    x_BTD: np.ndarray,
+    tensors: Tensors,
+    layer: int,
+    config: Config,
+    segment_ids_BT: np.ndarray | None,
+    forced: dict[int, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Routing | None]:
     length = x_BTD.shape[1]
     rows = []
     for b, x_TD in enumerate(x_BTD):
         mask_TT = attention_mask(length, None if segment_ids_BT is None else segment_ids_BT[b])
-        rows.append(block(x_TD, tensors, layer, config, np.arange(length), mask_TT))
+        forced_TK = forced[layer][b, :length] if forced and layer in forced else None
+        rows.append(block(x_TD, tensors, layer, config, np.arange(length), mask_TT, forced_TK))
     x, attended, fed, routings = zip(*rows, strict=True)
     routing = None
     if routings[0] is not None:
@@ -88,9 +100,16 @@ def _blocks_over_batch(
 
 
 def forward(
-    tensors: Tensors, config: Config, tokens_BT: np.ndarray, segment_ids_BT: np.ndarray | None = None
+    tensors: Tensors,
+    config: Config,
+    tokens_BT: np.ndarray,
+    segment_ids_BT: np.ndarray | None = None,
+    *,
+    forced: dict[int, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """The main model. Segments, where given, isolate documents in attention; padding is segment 0 and is computed like any.
+
+    `forced`: experts [B, T, K] to use by MoE layer, as in `numpy_moe.route_token`; `mtp_forward` takes those of its layers.
 
     Returns `hidden_embed`, per layer i `attn_out_{i}`, `mlp_out_{i}` and `hidden_{i}` (the residual stream after it),
     `hidden_final` (after the final norm), all [B, T, D], `logits` [B, T, V], and `routing`: {MoE layer: record} with
@@ -100,7 +119,7 @@ def forward(
     x_BTD = tensors["model.embed_tokens.weight"][tokens_BT]
     result: dict[str, Any] = {"hidden_embed": x_BTD, "routing": {}}
     for layer in range(config["num_hidden_layers"]):
-        x_BTD, attended, fed, routing = _blocks_over_batch(x_BTD, tensors, layer, config, segment_ids_BT)
+        x_BTD, attended, fed, routing = _blocks_over_batch(x_BTD, tensors, layer, config, segment_ids_BT, forced)
         result |= {f"attn_out_{layer}": attended, f"mlp_out_{layer}": fed, f"hidden_{layer}": x_BTD}
         if routing is not None:
             result["routing"][layer] = routing
@@ -118,6 +137,7 @@ def mtp_forward(
     *,
     hidden_after_norm: bool = True,
     embedding_first: bool = True,
+    forced: dict[int, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """The chain of multi-token-prediction modules on top of `main`, which is `forward` of the first T of the S tokens.
 
@@ -145,7 +165,7 @@ def mtp_forward(
         joined = [embedding, hidden] if embedding_first else [hidden, embedding]
         input_BTD = linear(np.concatenate(joined, axis=-1), tensors[f"{prefix}eh_proj.weight"])
         segment_ids_BT = None if segment_ids_BS is None else segment_ids_BS[:, :length]
-        hidden_BTD, _, _, routing = _blocks_over_batch(input_BTD, tensors, layer, config, segment_ids_BT)
+        hidden_BTD, _, _, routing = _blocks_over_batch(input_BTD, tensors, layer, config, segment_ids_BT, forced)
         normed_BTD = rms_norm(hidden_BTD, tensors[f"{prefix}shared_head.norm.weight"], eps)
         logits_BTV = linear(normed_BTD, tensors["lm_head.weight"])  # embedding and head are the main model's own
         modules.append({"input": input_BTD, "hidden": hidden_BTD, "logits": logits_BTV, "routing": routing})

@@ -28,13 +28,15 @@ def route_token(
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
     dropped_fill: float = -np.inf,
+    forced_K: np.ndarray | None = None,
 ) -> Routing:
     """One token's choice of experts.
 
     Returns `scores` [E], `biased` [E], `group_scores` [G], `kept_groups` (best first), `indices` [K] (best first),
     `gates` [K] in that order, `margin`: the K-th minus the (K+1)-th biased score among the experts of kept groups, and
     `group_margin`: the last kept minus the first dropped group score; both are inf where nothing was left out.
-    `dropped_fill` other than -inf reproduces a known bug and is there to show that tests notice it.
+    `dropped_fill` other than -inf reproduces a known bug and is there to show that tests notice it. `forced_K` are experts to
+    use in place of those chosen, unless the first is no expert; margins remain the choice's.
     """
     experts, per_group = len(logits_E), len(logits_E) // n_group
     assert per_group * n_group == experts and num_experts_per_tok <= topk_group * per_group
@@ -51,6 +53,8 @@ def route_token(
 
     in_order = largest(eligible, experts)
     indices = in_order[:num_experts_per_tok]
+    if forced_K is not None and forced_K[0] < experts:
+        indices = np.asarray(forced_K)
     gates = scores[indices]
     if norm_topk_prob:
         gates = gates / (gates.sum() + 1e-20)
@@ -84,18 +88,22 @@ def router_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def route(logits: np.ndarray, bias_E: np.ndarray, **settings: Any) -> Routing:
-    """`route_token` for logits [..., E]; the fields of the result have the same leading axes."""
-    tokens = [route_token(row, bias_E, **settings) for row in logits.reshape(-1, logits.shape[-1])]
+def route(logits: np.ndarray, bias_E: np.ndarray, *, forced: np.ndarray | None = None, **settings: Any) -> Routing:
+    """`route_token` for logits [..., E] and, if given, `forced` [..., K]; fields of the result have the same leading axes."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    forced_NK = [None] * len(rows) if forced is None else forced.reshape(len(rows), -1)
+    tokens = [route_token(row, bias_E, **settings, forced_K=f) for row, f in zip(rows, forced_NK, strict=True)]
     stacked = {key: np.stack([token[key] for token in tokens]) for key in tokens[0]}
     return {"logits": logits} | {key: rows.reshape(*logits.shape[:-1], *rows.shape[1:]) for key, rows in stacked.items()}
 
 
-def moe(x_TD: np.ndarray, tensors: Tensors, prefix: str, config: Config) -> tuple[np.ndarray, Routing]:
+def moe(
+    x_TD: np.ndarray, tensors: Tensors, prefix: str, config: Config, forced_TK: np.ndarray | None = None
+) -> tuple[np.ndarray, Routing]:
     """Routed plus shared experts of one sequence, [T, D] -> ([T, D], routing). `prefix` is `model.layers.{i}.mlp.`"""
     logits_TE = linear(x_TD, tensors[f"{prefix}gate.weight"])
     bias_E = tensors.get(f"{prefix}gate.e_score_correction_bias", np.zeros(logits_TE.shape[-1]))
-    routing = route(logits_TE, bias_E, **router_settings(config))
+    routing = route(logits_TE, bias_E, forced=forced_TK, **router_settings(config))
     outputs = []
     for x_D, indices_K, gates_K in zip(x_TD, routing["indices"], routing["gates"], strict=True):
         y_D = np.zeros_like(x_D)

@@ -20,9 +20,10 @@ from oracles.jaxprs import sub_jaxprs
 
 
 def small(**settings: Any) -> Config:
-    """`tiny` with the experts that accelerators run, two sequences, and rows that no two dimensions share."""
-    fixed = {"experts_implementation": "ragged_dot", "batch_size": 2, "batch_size_start": 2, "num_hidden_layers": 4}
-    return override(preset("tiny"), {**fixed, **settings})
+    """`tiny` with XLA's operations as accelerators run them, two sequences, and rows that no two dimensions share."""
+    how = {"experts_implementation": "ragged_dot", "attention_implementation": "blockwise"}
+    fixed = {"batch_size": 2, "batch_size_start": 2, "num_hidden_layers": 4}
+    return override(preset("tiny"), {**how, **fixed, **settings})
 
 
 def _loss(config: Config) -> tuple[Any, tuple[Any, ...]]:

@@ -22,6 +22,11 @@ class Reference(NamedTuple):
     result: loop.Result
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly(quick_compilation):
+    """Every test of the folder: runs are of a few steps."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def initial_states_computed_once():
     """A dozen runs of these tests begin with the same parameters; compiling their initialiser takes longer than a run."""
@@ -50,8 +55,11 @@ def reference(tmp_path_factory) -> Reference:
 @contextlib.contextmanager
 def kept_programs(folder: Path):
     """What is compiled inside lies in `folder` for other processes."""
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
+    settings = {
+        "jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,  # as in every test of the folder
+    }  # fmt: skip
+    before = {name: jax.config.values[name] for name in settings}
     for values in (settings, before):
         for name, value in values.items():
             jax.config.update(name, value)

@@ -1,6 +1,7 @@
 """Training in FP8: state in the stated dtypes, one step against BF16's, delayed scaling's history, and a run that goes on."""
 
 import json
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.fp8.delayed import Delayed, advanced, apart, beside
+from dsv3_jax.moe.balance import controller_of
 from dsv3_jax.presets import preset
 from dsv3_jax.settings import override
 from dsv3_jax.training import step as training
@@ -32,16 +34,21 @@ def batch_of(config, seed=0):
     return {"tokens": jnp.asarray(tokens), "segment_ids": jnp.ones(shape, jnp.int32), "domain_ids": jnp.zeros(shape, jnp.int32)}
 
 
-def stepped(config, state=None, steps=1):
-    from dsv3_jax.moe.balance import controller_of
+HYPER = training.Hyper(jnp.float32(1e-3), jnp.float32(1e-3), jnp.float32(0.3))
+DELAYED = '{"scaling": "delayed", "amax_history": 3}'
 
+
+@cache
+def compiled(config):
+    """Once for all tests of a config."""
+    controller = controller_of(config)
+    return quick_jit(lambda s, b: training.train_step(s, b, HYPER, config=config, controller=controller, n_domains=1))
+
+
+def stepped(config, state=None, steps=1):
     state = training.init_state(config) if state is None else state
-    hyper = training.Hyper(jnp.float32(1e-3), jnp.float32(1e-3), jnp.float32(0.3))
-    step = quick_jit(
-        lambda s, b: training.train_step(s, b, hyper, config=config, controller=controller_of(config), n_domains=1)
-    )
     for i in range(steps):
-        state, metrics = step(state, batch_of(config, i))
+        state, metrics = compiled(config)(state, batch_of(config, i))
     return state, metrics
 
 
@@ -62,10 +69,7 @@ def test_weight_gradients_reach_the_optimiser_unrounded():
     config = config_of(fp8="report")
 
     def gradients(state):
-        from dsv3_jax.moe.balance import controller_of
-
-        hyper = training.Hyper(jnp.float32(1e-3), jnp.float32(1e-3), jnp.float32(0.3))
-        return training.gradients(state, batch_of(config), hyper, config, controller_of(config), 1)[0]
+        return training.gradients(state, batch_of(config), HYPER, config, controller_of(config), 1)[0]
 
     found = quick_jit(gradients)(training.init_state(config))
     layer = found["moe_layers"]
@@ -110,7 +114,7 @@ def stored_dtypes(folder, step):
 
 
 def test_delayed_scaling_remembers_the_last_steps_magnitudes_the_newest_first():
-    config = config_of(fp8='{"scaling": "delayed", "amax_history": 3}')
+    config = config_of(fp8=DELAYED)
     first, _ = stepped(config)
     second, _ = stepped(config, steps=2)
     weight = first.params["dense_layers"]["self_attn"]["o_proj"]
@@ -143,7 +147,7 @@ def test_the_scale_is_of_the_largest_step_that_is_remembered():
     from dsv3_jax.fp8.linear import linear
     from dsv3_jax.fp8.precision import products
 
-    how = products(config_of(fp8='{"scaling": "delayed", "amax_history": 3}').model, "q_a_proj")
+    how = products(config_of(fp8=DELAYED).model, "q_a_proj")
     x, weight = jnp.full((2, 4), 8.0), jnp.eye(4)
     for steps in ([1.0, 1.0, 8.0], [1.0, 8.0, 1.0], [8.0, 1.0, 1.0]):
         history = jnp.array([steps, [1.0] * 3, [1.0] * 3])
@@ -170,7 +174,7 @@ def test_each_operand_s_magnitude_is_its_own():
 
 
 def test_a_skipped_step_leaves_the_histories_as_they_were():
-    config = config_of(fp8='{"scaling": "delayed", "amax_history": 2}')
+    config = config_of(fp8=DELAYED)
     state = training.init_state(config)
     state = state._replace(
         params={**state.params, "norm": state.params["norm"] * jnp.nan}, amax=jax.tree.map(lambda a: a + 3, state.amax)
