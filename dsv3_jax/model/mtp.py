@@ -63,12 +63,7 @@ def module(
     """Eqs. 21-22: one transformer block over the pair. Returns the residual stream and its routing, `forced` as in `route`."""
     eh_proj = gathered(params["eh_proj"], mtp_spec(config)["eh_proj"], context.placement, config.compute_dtype)
     x_BTD = module_input({**params, "eh_proj": eh_proj}, hidden_BTD, embedding_BTD, config)
-    return block(params["block"], bias_E, x_BTD, context, config, *_given(forced_BTK))
-
-
-def _given(forced_BTK: Array | None) -> tuple[Array, ...]:
-    """The argument, where there is one: who puts another block or module here need not know of it."""
-    return () if forced_BTK is None else (forced_BTK,)
+    return block(params["block"], bias_E, x_BTD, context, config, forced_BTK)
 
 
 def module_input(
@@ -104,7 +99,7 @@ def mtp_forward(
 
     def one_depth(hidden_BTD: Array, layer: Any) -> tuple[Array, Any]:
         weights, bias_E, embedding_BTD, extra, forced_BTK = layer
-        x_BTD, routing = module(weights, bias_E, hidden_BTD, embedding_BTD, context, config, *_given(forced_BTK))
+        x_BTD, routing = module(weights, bias_E, hidden_BTD, embedding_BTD, context, config, forced_BTK)
         return x_BTD, summary(routing, extra)
 
     depths: list[Depth] = []

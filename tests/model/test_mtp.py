@@ -64,7 +64,7 @@ def test_stored_input_of_the_module_is_reproduced(monkeypatch):
     params, bias = from_checkpoint(tensors, config)
     tokens = jnp.asarray(expected["input_ids"], jnp.int32)
     final = jnp.asarray(expected["hidden_final"], jnp.float32)
-    monkeypatch.setattr(mtp, "block", lambda weights, bias_E, x, context, config: (x, None))
+    monkeypatch.setattr(mtp, "block", lambda weights, bias_E, x, context, config, forced: (x, None))
     weights = jax.tree.map(lambda a: a[0], params["mtp"])
     embedded = params["embed_tokens"][mtp.shifted(tokens, 1)]
     context = make_context(jnp.ones_like(tokens), config, cross_document=True)

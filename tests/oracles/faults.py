@@ -238,7 +238,7 @@ def targets_across_documents(segments, k):
     return (segments[:, :-1] != 0) & (sound[mtp, "shifted"](segments, k + 1)[:, :-1] != 0)
 
 
-def module_without_shift(params, bias_E, hidden, embedding, context, config):
+def module_without_shift(params, bias_E, hidden, embedding, context, config, forced_BTK=None):
     """Position i joins token i's embedding instead of token i+1's."""
     return sound[mtp, "module"](params, bias_E, hidden, jnp.roll(embedding, 1, axis=1), context, config)
 
@@ -250,12 +250,12 @@ def uninitialised_head(params, batch, hidden, config, placement=None):
     return [*main, *own[1:]]
 
 
-def skipped_weights(params, bias_E, hidden, embedding, context, config):
+def skipped_weights(params, bias_E, hidden, embedding, context, config, forced_BTK=None):
     """The layer number of the module was not in the loader's table: its projection stays as initialised."""
     return sound[mtp, "module"](params | {"eh_proj": params["eh_proj"] * 0.1}, bias_E, hidden, embedding, context, config)
 
 
-def module_with_swapped_halves(params, bias_E, hidden, embedding, context, config):
+def module_with_swapped_halves(params, bias_E, hidden, embedding, context, config, forced_BTK=None):
     return sound[mtp, "module"](params, bias_E, embedding, hidden, context, config)
 
 
