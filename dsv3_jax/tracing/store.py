@@ -166,8 +166,9 @@ class Writer:
         for name, (shape, dtype) in self._files.items():
             path = making / f"{name}.npy"
             np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            with path.open("r+b") as file:  # a disk that is full is found now, and not by a signal in the middle
-                os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+            if hasattr(os, "posix_fallocate"):  # a disk that is full is found now, and not by a signal in the middle
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         for (name, kind), values in zip(TEXT.items(), text[:4], strict=True):
             np.save(making / f"{name}.npy", np.asarray(values, kind))
         write_json(making / ABOUT, described)
