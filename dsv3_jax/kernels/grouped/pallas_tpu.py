@@ -51,11 +51,10 @@ PRODUCTS_OF_SEVERAL = {  # weights at once
     "TPU v6 lite": Blocks(512, 7168, 256, 512, 256, vmem_mib=62),
     "TPU7x": Blocks(512, 7168, 512, 512, 512, vmem_mib=62),
 }
-V5P_OUTER = Blocks(512, 1024, 1024, 512, 128, unroll=4, vmem_mib=40)
-OUTER = {
-    "TPU v6 lite": Blocks(512, 1024, 1024, 512, 512, unroll=2, vmem_mib=40),
-    "TPU7x": Blocks(512, 1024, 1024, 1024, 512, vmem_mib=40),
-}
+# Rows are selected and turned once for each block of columns: wide ones make that little.
+V5P_OUTER = Blocks(512, 1024, 2048, 1024, 256, unroll=4, vmem_mib=40)
+WIDE_OUTER = V5P_OUTER._replace(columns=512, unroll=2)
+OUTER = dict.fromkeys(("TPU v6 lite", "TPU7x"), WIDE_OUTER)
 
 
 def blocks_of(kind: str, weights: int, transposed: bool, inner: int, wide: int) -> Blocks:
@@ -63,8 +62,11 @@ def blocks_of(kind: str, weights: int, transposed: bool, inner: int, wide: int) 
     if weights > 1:
         return PRODUCTS_OF_SEVERAL.get(kind, V5P)
     blocks = PRODUCTS.get(kind, WIDE if transposed else V5P)
-    if kind == "TPU7x" and transposed and inner > 4096:
-        blocks = blocks._replace(columns=256)
+    if inner > 4096:  # an iteration is long enough to be of fewer rows, of which then fewer are another group's
+        if kind == "TPU v6 lite":
+            blocks = blocks._replace(height=256)
+        if kind == "TPU7x" and transposed:
+            blocks = blocks._replace(height=256, columns=256)
     # In VMEM extras and outputs are beside the operands, each twice.
     return blocks._replace(rows=WIDE.rows // 2) if wide > 3 and blocks.rows == WIDE.rows else blocks
 
