@@ -300,9 +300,10 @@ def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Itera
     line: dict[str, Any] = {"us": round(1e6 * ours, 1)}
     if case.flops:
         line["tflops"] = round(1e-12 * case.flops / ours, 1)
-    line["gbs"] = round(1e-9 * case.bytes() / ours, 1)
+    moved = case.bytes()
+    line["gbs"] = round(1e-9 * moved / ours, 1)
     if rates:
-        line["share_of_roofline"] = round(max(case.flops / rates[0], case.bytes() / rates[1]) / ours, 3)
+        line["share_of_roofline"] = round(max(case.flops / rates[0], moved / rates[1]) / ours, 3)
     for name in list(runs)[1:]:
         ratio = statistics.median(b / a for a, b in zip(times[""], times[name], strict=True))
         yield (

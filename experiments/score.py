@@ -21,7 +21,7 @@ from absl import flags
 
 from dsv3_jax.config import Config, ParallelConfig
 from dsv3_jax.fp8.precision import SERVING
-from dsv3_jax.inference.score import InMemory, Streamed, Supply, check_tokens, score, write_scores
+from dsv3_jax.inference.score import InMemory, Streamed, Supply, check_tokens, mapped_array, score, write_scores
 from dsv3_jax.interop.read import load_bias, load_parameters
 from dsv3_jax.interop.source import open_source
 from dsv3_jax.parallel.collectives import Placement
@@ -62,7 +62,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
             raise ValueError(f"--{name}: expected a path, got none")
     if values.dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {values.dtype!r}")
-    tokens, out = read_tokens(Path(values.tokens)), Path(values.out)
+    tokens, out = mapped_array(Path(values.tokens), "--tokens"), Path(values.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(f"--out: expected a file in a folder that is there, got {out}")
     source = open_source(values.checkpoint, compute_dtype=values.dtype, mtp=values.mtp, average=values.average)
@@ -81,16 +81,6 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     print(summary(tokens, scores.logits))
     print(f"scores: {out}")
     return 0
-
-
-def read_tokens(path: Path) -> np.ndarray:
-    """Raises ValueError, one line, if the file is no array of integers."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # what a header promises is not allocated
-    except FileNotFoundError:
-        raise ValueError(f"--tokens: no file {path}") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"--tokens: {path} is no .npy file: {' '.join(str(error).split())[:200]}") from None
 
 
 def summary(tokens: np.ndarray, logits: np.ndarray) -> str:

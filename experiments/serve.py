@@ -24,13 +24,12 @@ from dsv3_jax.inference import deploy
 from dsv3_jax.inference.generate import Generated, generate
 from dsv3_jax.inference.mesh import ServingPlacement, expected_loads, placed
 from dsv3_jax.inference.placement import Replicas, device_loads, expert_rows, fullest_over_mean, slot_rows_by_device
-from dsv3_jax.inference.score import check_tokens
+from dsv3_jax.inference.score import check_tokens, mapped_array
 from dsv3_jax.inference.serving import Serving
 from dsv3_jax.interop.source import open_source
 from dsv3_jax.training.journal import write_json
 from experiments import _cli
 from experiments._mesh import define_mesh_flags, placement_from, split_cpu
-from experiments.score import read_tokens
 
 DTYPES = ("float32", "bfloat16")
 ONCE, BEFORE, AFTER = "each expert once", "before", "after"
@@ -52,7 +51,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
             raise ValueError(f"--{name}: expected a path, got none")
     if values.dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {values.dtype!r}")
-    tokens = np.asarray(read_tokens(Path(values.tokens)))
+    tokens = np.asarray(mapped_array(Path(values.tokens), "--tokens"))
     if values.out:
         _cli.make_folder(Path(values.out))
     source = open_source(values.checkpoint, compute_dtype=values.dtype, mtp=False)

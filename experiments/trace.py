@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from dsv3_jax.analysis.metrics import max_violation
+from dsv3_jax.analysis.routing import dead_experts, expert_load
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.precision import SERVING
 from dsv3_jax.inference.score import InMemory, Streamed
@@ -76,7 +78,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
     if values.fp8:
         source = source._replace(config=dataclasses.replace(source.config, fp8=SERVING))
     model = model_digest(source)
-    forced, text, batch_tokens = None, None, values.batch_tokens
+    forced, batch_tokens = None, values.batch_tokens
     if values.replay:
         forced = open_trace(values.replay)
         check_replay(forced, source.config, None if values.other_model else model)
@@ -131,17 +133,13 @@ def tracer_of(source: Source, values: flags.FlagValues) -> Tracer:
 def summary(trace: RoutingTrace) -> str:
     """A layer a row: how even its experts' load is."""
     rows = [f"{'layer':<10}{'MaxVio':>10}{'dead experts':>14}{'median margin':>16}"]
-    n_experts, step = trace.about.n_experts, 1 << 18
+    load_LE = expert_load(trace.choices.experts_NLK, trace.about.n_experts)
+    vio_L, dead_L = max_violation(load_LE), dead_experts(load_LE).sum(axis=-1)
     for i, name in enumerate(trace.about.layers):
-        load, margins = np.zeros(n_experts + 1, np.int64), []
-        for start in range(0, trace.n_tokens, step):
-            part = slice(start, start + step)
-            load += np.bincount(trace.choices.experts_NLK[part, i].ravel(), minlength=n_experts + 1)
-            margins.append(np.asarray(trace.choices.margins_NL[part, i]))
-        load = load[:-1]
-        vio = load.max() / load.mean() - 1 if load.any() else float("nan")
-        middle = float(np.nanmedian(np.concatenate(margins).astype(np.float32))) if load.any() else float("nan")
-        rows.append(f"{name:<10}{vio:>10.3f}{int((load == 0).sum()):>14}{middle:>16.2e}")
+        vio = middle = float("nan")
+        if load_LE[i].any():
+            vio, middle = vio_L[i], float(np.nanmedian(trace.choices.margins_NL[:, i].astype(np.float32)))
+        rows.append(f"{name:<10}{vio:>10.3f}{dead_L[i]:>14}{middle:>16.2e}")
     size = f"{trace.n_tokens:,} tokens in {len(trace.text.lengths):,} sequences of {len(trace.text.domains)} domains"
     return "\n".join([size, *rows])
 

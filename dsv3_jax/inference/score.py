@@ -293,6 +293,16 @@ def _with_depths(supply: Supply, tokens: np.ndarray, hidden_BTD: Array, main: Sc
     return main._replace(mtp_logits=logits[:, :n_rows], mtp_router_indices=indices[:, :n_rows])
 
 
+def mapped_array(path: Path, flag: str) -> np.ndarray:
+    """The array of an .npy file that `flag` names. Raises ValueError, one line, if it is none."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # what a header promises is not allocated
+    except FileNotFoundError:
+        raise ValueError(f"{flag}: no file {path}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{flag}: {path} is no .npy file: {' '.join(str(error).split())[:200]}") from None
+
+
 def check_tokens(tokens: Any, config: ModelConfig) -> None:
     """Raises ValueError, one line, if this is no batch of token ids of the model."""
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.dtype.kind not in "iu":

@@ -3,7 +3,7 @@
 Depth k joins the previous depth's hidden state at position i with the embedding of token i+k and predicts token i+k+1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +77,14 @@ def module_input(
     if config.mtp_concat == "hidden_first":
         pair.reverse()
     return jnp.concatenate(pair, axis=-1) @ params["eh_proj"].astype(hidden_BTD.dtype)
+
+
+def all_layers(main: Hidden, depths: Sequence[Depth]) -> Any:
+    """What `summary` kept of every MoE layer, the main model's first, stacked."""
+    if not depths:
+        return main.layers
+    behind = jax.tree.map(lambda *rows: jnp.stack(rows), *(d.layer for d in depths))
+    return behind if main.layers is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), main.layers, behind)
 
 
 def mtp_forward(

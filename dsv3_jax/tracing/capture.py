@@ -21,7 +21,7 @@ from dsv3_jax.inference.score import Supply, check_tokens, final_norm, run_layer
 from dsv3_jax.interop.names import leaves
 from dsv3_jax.interop.read import load_bias, read_tree
 from dsv3_jax.interop.source import Source
-from dsv3_jax.model.mtp import module, mtp_forward
+from dsv3_jax.model.mtp import all_layers, module, mtp_forward
 from dsv3_jax.model.transformer import block, forward, make_context
 from dsv3_jax.moe.router import SELECTORS, Routing, group_limited
 from dsv3_jax.parallel.collectives import Placement
@@ -175,15 +175,13 @@ def _whole(config: ModelConfig, scores: bool) -> Any:
             params, bias_LE, tokens_BT, context, config, extras=bias_LE[:n_main], forced_LBTK=forced_LBTK[:n_main],
             summary=summary,
         )  # fmt: skip
-        layers = main.layers
+        depths = []
         if config.num_nextn_predict_layers:
             depths = mtp_forward(
                 params, bias_LE, tokens_BT, main, context, config, extras=bias_LE[n_main:], forced_LBTK=forced_LBTK[n_main:],
                 summary=summary,
             )  # fmt: skip
-            behind = jax.tree.map(lambda *rows: jnp.stack(rows), *(d.layer for d in depths))
-            layers = behind if layers is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), layers, behind)
-        return Pass(main.normed_BTD, layers)
+        return Pass(main.normed_BTD, all_layers(main, depths))
 
     return run
 

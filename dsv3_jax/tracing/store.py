@@ -134,7 +134,7 @@ def kinds(about: About, text: Text, groups: int, scores: bool) -> dict[str, tupl
     return found
 
 
-FILES = "experts", "gates", "margins", "groups", "scores"  # of choices
+FILES = "experts", "gates", "margins", "groups", "scores"  # of `Choices`, in its order
 TEXT = {"tokens": np.int32, "starts": np.int64, "document_of": np.int32, "domain_of": np.int32}
 
 
@@ -178,11 +178,9 @@ class Writer:
     def write(self, places: Sequence[slice], found: Sequence[Choices]) -> None:
         """The choices of one batch's sequences, and where their tokens lie."""
         for place, choices in zip(places, found, strict=True):
+            values = dict(zip(FILES, choices, strict=True))
             for name, out in self._maps.items():
-                value = getattr(
-                    choices, f"{name}_{'NLK' if name in ('experts', 'gates') else 'NLE' if name == 'scores' else 'NL'}"
-                )
-                out[place] = value
+                out[place] = values[name]
         for out in self._maps.values():
             out.flush()
         self.done += 1
@@ -195,11 +193,10 @@ class Writer:
 
 
 def _described(about: About, groups: int, scores: bool, text: Text) -> dict[str, Any]:
-    fields = {name: value for name, value in dataclasses.asdict(about).items()}
     digest = hashlib.sha256(np.ascontiguousarray(text.tokens_N, np.int32).tobytes()).hexdigest()
     head = {"format": FORMAT, "version": VERSION, "n_tokens": len(text.tokens_N), "tokens": digest}
     more = {"config_digest": about.architecture, "groups": groups, "scores": scores}
-    return json.loads(json.dumps(head | fields | more))
+    return json.loads(json.dumps(head | dataclasses.asdict(about) | more))
 
 
 def open_trace(folder: str | Path) -> RoutingTrace:
@@ -220,13 +217,13 @@ def open_trace(folder: str | Path) -> RoutingTrace:
     text = Text(tokens, starts, document_of, domain_of, domains)
     if len(text.tokens_N) != n or not _in_order(text):
         raise ValueError(f"{folder}: expected sequences of {n} tokens in all, got {len(text.tokens_N)} and other bounds")
-    found = {}
+    found: dict[str, Any] = {}
     for name, (shape, dtype) in kinds(about, text, groups, scores).items():
         array = found[name] = _array(folder / f"{name}.npy", dtype)
         if array.shape != shape:
             raise ValueError(f"{folder / f'{name}.npy'}: expected shape {list(shape)}, got {list(array.shape)}")
-    choices = Choices(found["experts"], found["gates"], found["margins"], found.get("groups"), found.get("scores"))
-    return RoutingTrace(about, text, choices)
+    arrays: Any = map(found.get, FILES)
+    return RoutingTrace(about, text, Choices(*arrays))
 
 
 def _in_order(text: Text) -> bool:

@@ -11,10 +11,9 @@ from dsv3_jax.data import files
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.inference.score import mapped_array
 from dsv3_jax.inference.text import prompt_ids
 from dsv3_jax.tracing.store import Text
-
-ENCODE_BATCH = 64  # documents given to the tokenizer at a time
 
 
 def read_text(data: DataConfig, tokenizer: Tokenizer | None, most_tokens: int | None) -> Text:
@@ -62,12 +61,7 @@ def _windows(documents: Iterable[tuple[str, np.ndarray]], size: int, most: int |
 
 
 def _of_array(path: Path, size: int, most: int | None) -> Text:
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise ValueError(f"--data: no file {path}") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"--data: {path} is no .npy file: {' '.join(str(error).split())[:200]}") from None
+    rows = mapped_array(path, "--data")
     if rows.ndim != 2 or rows.dtype.kind not in "iu":
         raise ValueError(f"--data: {path}: expected integers [sequences, T], got {rows.dtype} {list(rows.shape)}")
     return _windows((("tokens", np.asarray(row, np.int32)) for row in rows), size, most)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.mtp import Depth, mtp_forward, predicts_within_document, shifted
+from dsv3_jax.model.mtp import Depth, all_layers, mtp_forward, predicts_within_document, shifted
 from dsv3_jax.model.transformer import Hidden, Summary, forward, head, head_name, make_context
 from dsv3_jax.moe.balance import Controller, Scope, count_load
 from dsv3_jax.moe.router import Routing
@@ -100,10 +100,7 @@ def run_model(
         return main, [], main.layers
     mtp_rows["extras"] = jnp.stack(counted[n_main:]), mtp_rows["extras"]
     depths = mtp_forward(params, bias_LE, tokens, main, context, model, summary=summary, **mtp_rows)
-    layers = jax.tree.map(lambda *rows: jnp.stack(rows), *(d.layer for d in depths))
-    if main.layers is not None:
-        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), main.layers, layers)
-    return main, depths, layers
+    return main, depths, all_layers(main, depths)
 
 
 def count_batch(
