@@ -261,8 +261,9 @@ class TrainConfig:
     ema_decay: float = 0.999  # not disclosed; 0: no average
     ema_every: int = 1  # steps between two updates of the average
 
-    controller: str = "sign"  # sign | sequence | batch | classical | none | package.module:function
-    aux_loss_alpha: float | None = None  # null: the controller's own (sign 1e-4; the three losses 1e-3, V2-Lite's)
+    # sign | proportional | centred (these move biases) | sequence | batch | classical | none | package.module:function
+    controller: str = "sign"
+    aux_loss_alpha: float | None = None  # null: the controller's own (the first three 1e-4; the losses 1e-3, V2-Lite's)
     aux_loss_reduction: Literal["sum", "mean"] = "sum"  # over MoE layers; not disclosed
     bias_update_speed: float = 1e-3
     bias_update_stop_tokens: float = 14.3e12
@@ -280,7 +281,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_choice(self)
-        require_known("controller", self.controller, ("sign", "sequence", "batch", "classical", "none"))
+        known = ("sign", "proportional", "centred", "sequence", "batch", "classical", "none")
+        require_known("controller", self.controller, known)
         require_positive(
             self, "schedule_tokens", "batch_size", "batch_size_start", "learning_rate", "adam_eps", "grad_clip", "ema_every",
             "loss_chunk_elements", "checkpoint_every", "keep_checkpoints", "nonfinite_limit",

@@ -10,11 +10,9 @@ The FP32 runs' final parameters then pass one held-out batch in every arm's form
 `--tile` is that of all FP8 arms (in small models the recipe's 128 is a whole token); `--slow_steps=N` computes only the first N
 steps of `accumulator` and `no_promotion`, whose products take some 20 times longer, and compares those. `--budget`, `--seeds`,
 `--resume`: as in `experiments.compare`. A run that diverges goes on to its end without updates, and is reported as such.
-Without `--workdir` the folder is runs/ablate_fp8-PRESET. Leaves ablate_fp8.json and .png, layers.png, flips.png and all runs.
+Without `--workdir` the folder is runs/ablate_fp8-PRESET. Leaves fp8.json and .png, layers.png, flips.png and all runs.
 """
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from dsv3_jax.analysis import figures, precision, precision_figure
+from dsv3_jax.analysis import comparison, figures, precision, precision_figure
+from dsv3_jax.analysis.ablation import Claim, judge
 from dsv3_jax.config import Config, Fp8Recipe
 from dsv3_jax.data.pipeline import build_data
 from dsv3_jax.inference.loaded import load
+from dsv3_jax.model.count import count_parameters
 from dsv3_jax.settings import override, to_dict
 from dsv3_jax.training.journal import write_json
-from experiments import _cli, compare
+from experiments import _ablation, _cli, compare
 
 UNROUNDED: dict[str, dict[str, Any]] = {
     "fp32": {"compute_dtype": "float32"},
@@ -51,6 +51,11 @@ ARMS = [*UNROUNDED, *INGREDIENTS]
 SLOW = ("accumulator", "no_promotion")
 NOT_ON_ONE_BATCH = ("fp32", "ulp", "delayed")  # the reference, the same formats again, and what needs a history
 ROWS = 16  # of the held-out batch
+QUESTION = "What does FP8 training cost in loss?"
+CLAIM = Claim(
+    text="FP8's training loss is BF16's, to 0.25 %; in percent", measure="gap", arm="fp8", expects="equal",
+    within=precision.CLAIM, report="relative error below 0.25 % (15.7B and 229B), §3.3, appendix B.1",
+)  # fmt: skip
 NEVER = 10**9  # so many skipped updates in a row stop a run: here, a run that diverges is a result
 
 
@@ -105,8 +110,24 @@ def summarise(arms: Mapping[str, Config], runs: Mapping[str, Any], layers: Any, 
             "gaps": {base: precision.loss_gap(runs[arm], runs[base]) for base in ("bf16", "fp32") if base != arm},
             "layers": layers.get(arm),
             "flips": flips.get(arm),
+            **count_parameters(arms[arm].model)._asdict(),
         }
     return found
+
+
+def judged(arms: Mapping[str, Config], runs: Mapping[str, Any], plan: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+    """What other ablations have too: measures of the arms that came to their end without diverging, and the report's claim."""
+    whole = [
+        arm for arm in arms if all(r["validation"] and r["validation"]["raw"]["loss"]["all"] is not None for r in runs[arm])
+    ]
+    folders = {arm: [compare.run_folder(arms, arm, seed, workdir) for seed in range(plan["seeds"])] for arm in whole}
+    scores = {arm: [_ablation.measures(run, arms[arm]) for run in of_arm] for arm, of_arm in folders.items()}
+    claims = []
+    if "fp8" in arms:
+        gaps = [precision.loss_gap([a], [b])["mean"] for a, b in zip(runs["fp8"], runs["bf16"], strict=True)]
+        claims = [judge(CLAIM, {"fp8": [{"gap": gap} for gap in gaps]})] if None not in gaps else []
+    differences = comparison.differences(scores) if scores else {"baseline": None, "scores": {}, "differences": {}}
+    return {"titles": _ablation.TITLES, **differences, "claims": claims}
 
 
 def main() -> int:
@@ -118,19 +139,22 @@ def main() -> int:
     limits = {} if slow is None else {arm: slow for arm in arms if arm in SLOW}
     with jax.default_matmul_precision("highest"):  # float32 is float32, also where products of it are made of less by default
         plan, runs = compare.planned_runs(arms, base, workdir, limits=limits, tile=flags.FLAGS.tile)
-        if runs is None:
-            return _cli.INTERRUPTED
+        if isinstance(runs, int):
+            return runs
         layers, flips = pass_through(arms, plan["seeds"], workdir)
+    others = [f"--{name}={value}" for name in ("tile", "slow_steps") if (value := flags.FLAGS[name].value) is not None]
+    command = _ablation.command_of("fp8", plan, flags.FLAGS.arms, *others)
     result = {
-        "command": shlex.join(sys.argv),
-        **{name: plan[name] for name in ("seeds", "steps", "limits", "tile", "config")},
+        **_ablation.setting("fp8", QUESTION, command, plan, compare.run_folder(arms, "bf16", 0, workdir)),
+        **{name: plan[name] for name in ("limits", "tile")},
         "claim_percent": precision.CLAIM,
         "smoothing": precision.COEFFICIENT,
         "moe_layers": list(range(base.model.n_dense_layers + 1, base.model.num_hidden_layers + 1)),
         "arms": summarise(arms, runs, layers, flips),
+        **judged(arms, runs, plan, workdir),
     }
-    write_json(workdir / "ablate_fp8.json", result)
-    figures.save(precision_figure.draw_gaps(result), workdir / "ablate_fp8.png")
+    write_json(workdir / "fp8.json", result)
+    figures.save(precision_figure.draw_gaps(result), workdir / "fp8.png")
     figures.save(precision_figure.draw_layers(result), workdir / "layers.png")
     if flips:
         figures.save(precision_figure.draw_flips(result), workdir / "flips.png")

@@ -3,17 +3,20 @@
     python -m experiments.compare --preset=tiny --vary=controller=sign,none --seeds=3 --budget=10 --workdir=runs/compare
 
 `--budget` minutes are turned into a number of steps, the same for every arm, by timing a few steps of each once;
-`--set=steps=...` says it instead. `--resume` continues after a kill at any moment and computes no finished run again.
+`--set=steps=...` says it instead. `--resume` continues after a kill at any moment and computes no finished run again; given
+while the first process is still at work, as in a second terminal, it takes a share of the runs.
 Without `--workdir` the folder is runs/compare-PRESET-VARY.
 Results: experiments/README.md.
 """
 
+import contextlib
+import fcntl
 import json
 import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,31 +132,77 @@ def read_plan(workdir: Path, resume: bool, given: dict[str, Any]) -> dict[str, A
     return plan
 
 
-def run_arms(arms: dict[str, Config], plan: dict[str, Any], workdir: Path) -> dict[str, list[dict[str, Any]]] | None:
-    """Every run, seed by seed so that pairs complete early; finished ones are only read. None after Ctrl-C.
+@contextlib.contextmanager
+def claimed(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process alone holds the lock of file `path`, until the block's end or its own; `wait`: until it does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
-    A run that stops at its limit has no validation: it is the beginning of one as long as the others.
+
+Observe = Callable[[Path, Config], Any]
+
+
+def run_arms(
+    arms: dict[str, Config], plan: dict[str, Any], workdir: Path, observe: Observe | None = None, wait: bool = True
+) -> dict[str, list[dict[str, Any]]] | int:
+    """Every run, seed by seed so that pairs complete early; finished ones are only read. What other processes are at is left to
+    them. An exit status after Ctrl-C or, without `wait`, if all that is left is theirs.
+
+    `observe(folder, config)` is called for every finished run. A run that stops at its limit has no validation: it is the
+    beginning of one as long as the others.
     """
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    for seed in range(plan["seeds"]):
-        for i, (arm, config) in enumerate(arms.items()):
-            folder, steps = workdir / folder_of(i, arm) / f"seed-{seed}", plan["steps"]
-            limit = min(steps, plan.get("limits", {}).get(arm, steps))
-            path = folder / "validation.json"
-            if not path.exists() and (limit == steps or len(read_metrics(folder)) < limit):
-                print(f"seed {seed + 1} of {plan['seeds']}, {arm}, {limit} steps", flush=True)
-                config = override(seeded(config, seed), {"steps": steps})
-                if train(config, folder, resume=True, header=False, step_limit=limit).interrupted:
-                    return None
-            validation = json.loads(path.read_text()) if limit == steps else None
-            runs[arm].append({"validation": validation, "metrics": read_metrics(folder)})
-    return runs
+    waiting = [(seed, arm) for seed in range(plan["seeds"]) for arm in arms]
+    while waiting:
+        others = []
+        for seed, arm in waiting:
+            folder = run_folder(arms, arm, seed, workdir)
+            with claimed(folder.with_suffix(".lock"), wait=False) as mine:
+                if not mine:
+                    others.append((seed, arm))
+                elif not _complete(arms[arm], arm, seed, plan, folder, observe):
+                    return _cli.INTERRUPTED
+        if others and not wait:
+            print(f"{len(others)} runs are left to other processes")
+            return 0
+        if len(others) == len(waiting):
+            time.sleep(1)
+        waiting = others
+    return {arm: [_read_run(run_folder(arms, arm, seed, workdir)) for seed in range(plan["seeds"])] for arm in arms}
+
+
+def run_folder(arms: Mapping[str, Config], arm: str, seed: int, workdir: Path) -> Path:
+    return workdir / folder_of(list(arms).index(arm), arm) / f"seed-{seed}"
+
+
+def _complete(config: Config, arm: str, seed: int, plan: Mapping[str, Any], folder: Path, observe: Observe | None) -> bool:
+    """Computes what is left of a run. False after Ctrl-C."""
+    steps = plan["steps"]
+    limit = min(steps, plan.get("limits", {}).get(arm, steps))
+    config = override(seeded(config, seed), {"steps": steps})
+    if not (folder / "validation.json").exists() and (limit == steps or len(read_metrics(folder)) < limit):
+        print(f"seed {seed + 1} of {plan['seeds']}, {arm}, {limit} steps", flush=True)
+        if train(config, folder, resume=True, header=False, step_limit=limit).interrupted:
+            return False
+    if observe is not None:
+        observe(folder, config)
+    return True
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    path = folder / "validation.json"
+    return {"validation": json.loads(path.read_text()) if path.exists() else None, "metrics": read_metrics(folder)}
 
 
 def planned_runs(
-    arms: dict[str, Config], base: Config, workdir: Path, **options: Any
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]] | None]:
-    """The plan that the flags ask for, or the stored one, and all of its runs; None for these after Ctrl-C, said on stderr.
+    arms: dict[str, Config], base: Config, workdir: Path, observe: Observe | None = None, **options: Any
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]] | int]:
+    """The plan that the flags ask for, or the stored one, and all of its runs; or the status of a program that ends without.
 
     `options`, `limits` among them, are part of the plan: resumed with others, it is another one. Raises ValueError.
     """
@@ -163,14 +212,14 @@ def planned_runs(
     if "steps" not in settings and (budget is None or budget <= 0):
         raise ValueError(f"--budget: expected minutes > 0 (or --set=steps=...), got {budget}")
     given = {"arms": list(arms), "seeds": seeds, "config": to_dict(base), **options}
-    plan = read_plan(workdir, flags.FLAGS.resume, given)
-    if plan is None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        budget_s = None if "steps" in settings else budget * 60
-        plan = make_plan(arms, base, seeds, budget_s, workdir, options.get("limits")) | options
-        write_json(workdir / "plan.json", plan)
-    runs = run_arms(arms, plan, workdir)
-    if runs is None:
+    with claimed(workdir / "plan.lock", wait=True):
+        plan = read_plan(workdir, flags.FLAGS.resume, given)
+        if plan is None:
+            budget_s = None if "steps" in settings else budget * 60
+            plan = make_plan(arms, base, seeds, budget_s, workdir, options.get("limits")) | options
+            write_json(workdir / "plan.json", plan)
+    runs = run_arms(arms, plan, workdir, observe, flags.FLAGS.wait)
+    if runs == _cli.INTERRUPTED:
         print("stopped, checkpoint saved; go on with the same command and --resume", file=sys.stderr)
     return plan, runs
 
@@ -182,8 +231,8 @@ def main() -> int:
     arms = parse_arms(flags.FLAGS.vary, base)
     workdir = Path(flags.FLAGS.workdir or f"runs/compare-{flags.FLAGS.preset}-{_safe(flags.FLAGS.vary)}")
     plan, runs = planned_runs(arms, base, workdir)
-    if runs is None:
-        return _cli.INTERRUPTED
+    if isinstance(runs, int):
+        return runs
     result = comparison.compare(runs)
     write_json(workdir / "compare.json", {"steps": plan["steps"], **result})
     figures.save(comparison.draw(runs, result), workdir / "compare.png")
@@ -196,6 +245,7 @@ def define_run_flags() -> None:
     """Those of `planned_runs`."""
     flags.DEFINE_integer("seeds", 3, "runs of each arm")
     flags.DEFINE_float("budget", None, "minutes that the whole comparison may take")
+    flags.DEFINE_bool("wait", True, "for runs that other processes are at; without, end when nothing else is left to do")
 
 
 def define_flags() -> None:

@@ -34,24 +34,28 @@ def scores(run: Mapping[str, Any]) -> dict[str, float]:
 
 def compare(runs: Runs) -> dict[str, Any]:
     """JSON-able: every run's measures, and each later arm's paired differences from the first with their 95 % interval."""
-    by_arm = {arm: [scores(run) for run in of_arm] for arm, of_arm in runs.items()}
+    return differences({arm: [scores(run) for run in of_arm] for arm, of_arm in runs.items()})
+
+
+def differences(by_arm: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """What `compare` gives, from measures of any names: arm -> per seed {measure: value}, the same measures everywhere."""
     base, *others = by_arm
-    differences: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for arm in others:
-        differences[arm] = {}
-        for measure in MEASURES:
+        found[arm] = {}
+        for measure in by_arm[base][0]:
             pairs = [a[measure] - b[measure] for a, b in zip(by_arm[arm], by_arm[base], strict=True)]
             mean, half_width, _ = paired_interval(pairs)
-            differences[arm][measure] = {"pairs": pairs, "mean": mean, "half_width_95": half_width}
-    return {"baseline": base, "scores": by_arm, "differences": differences}
+            found[arm][measure] = {"pairs": pairs, "mean": mean, "half_width_95": half_width}
+    return {"baseline": base, "scores": {arm: list(of_arm) for arm, of_arm in by_arm.items()}, "differences": found}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """For a terminal of 100 columns."""
+def table(result: Mapping[str, Any], measures: Mapping[str, str] = MEASURES) -> str:
+    """For a terminal of 100 columns; `measures`: name -> title."""
     base, seeds = result["baseline"], len(next(iter(result["scores"].values())))
     interval = "95 % interval" if seeds > 1 else "interval not available with 1 seed"
     lines = [f"{seeds} seed{'s' * (seeds > 1)}; difference: arm - {base}, paired by seed, mean +- {interval}"]
-    for measure, title in MEASURES.items():
+    for measure, title in measures.items():
         lines += ["", title]
         for arm, values in result["scores"].items():
             line = f"  {arm[:44]:<44}{np.mean([v[measure] for v in values]):>10.4f}"
@@ -62,9 +66,16 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Runs, result: Mapping[str, Any]) -> Figure:
-    """Above: curves, mean over seeds with the seeds' range. Below: paired differences, one dot a seed, bar: 95 % interval."""
-    figure, axes = figures.new_figure(2, 2, 12, 7.5)
+def draw(runs: Runs, result: Mapping[str, Any], measures: Mapping[str, str] | None = None) -> Figure:
+    """First: curves, mean over seeds with the seeds' range. Then: paired differences, one dot a seed, bar: 95 % interval.
+
+    `measures`: name -> title of the differences that are drawn; default: bits per byte and MaxVio.
+    """
+    shown = {name: MEASURES[name] for name in ("bits_per_byte", "max_vio")} if measures is None else measures
+    panels = 2 + len(shown)
+    columns = 2 if panels <= 4 else 3
+    rows = -(-panels // columns)
+    figure, axes = figures.new_figure(rows, columns, 6 * columns, 3.75 * rows)
     for ax, key, title in (
         (axes[0], "main_loss", "Training loss, nats per token"),
         (axes[1], "max_vio_mean", "Mean MaxVio of a step's batch"),
@@ -77,7 +88,9 @@ def draw(runs: Runs, result: Mapping[str, Any]) -> Figure:
             ax.plot(steps, lines.mean(axis=0), label=arm, **look)
         ax.set(title=title, xlabel="step")
         ax.legend(frameon=False, fontsize=8)
-    for ax, measure in ((axes[2], "bits_per_byte"), (axes[3], "max_vio")):
+    for ax in axes[panels:]:
+        ax.axis("off")
+    for ax, (measure, title) in zip(axes[2:], shown.items(), strict=False):
         arms = list(result["differences"])
         for i, arm in enumerate(arms):
             d = result["differences"][arm][measure]
@@ -86,6 +99,6 @@ def draw(runs: Runs, result: Mapping[str, Any]) -> Figure:
             ax.errorbar(d["mean"], i - 0.12, xerr=d["half_width_95"], fmt="s", color=colour, capsize=5, markersize=6)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set_yticks(range(len(arms)), arms)
-        ax.set(ylim=(-0.6, len(arms) - 0.4), xlabel=f"arm - {result['baseline']}", title=f"Difference in {MEASURES[measure]}")
+        ax.set(ylim=(-0.6, len(arms) - 0.4), xlabel=f"arm - {result['baseline']}", title=f"Difference in {title}")
         ax.invert_yaxis()
     return figure

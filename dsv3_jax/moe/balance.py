@@ -61,6 +61,18 @@ def sign_step(bias_E: Float[Array, " E"], load_E: Int[Array, " E"], speed: Float
     return bias_E + speed * (under.astype(jnp.float32) - over.astype(jnp.float32))
 
 
+def proportional_step(bias_E: Float[Array, " E"], load_E: Int[Array, " E"], speed: Float[Array, ""]) -> Float[Array, " E"]:
+    """b_i + speed * (1 - load_i / mean load): the further from balance, the larger the step (arXiv 2408.15664, "b += u e")."""
+    mean = jnp.maximum(load_E.astype(jnp.float32).mean(), 1e-9)
+    return bias_E + speed * jnp.where(load_E.sum() > 0, 1.0 - load_E.astype(jnp.float32) / mean, 0.0)
+
+
+def centred_step(bias_E: Float[Array, " E"], load_E: Int[Array, " E"], speed: Float[Array, ""]) -> Float[Array, " E"]:
+    """The sign step, with the biases' mean taken out: only their differences select, so that nothing should drift."""
+    moved = sign_step(bias_E, load_E, speed)
+    return moved - moved.mean()
+
+
 def sequence_loss(routing: Routing, scope: Scope, config: ModelConfig) -> Float[Array, ""]:
     """Eqs. 17-20: sum_i f_i P_i within each sequence over sigmoid scores normalised over all experts, mean over sequences."""
     n_experts, k = config.n_routed_experts, config.num_experts_per_tok
@@ -101,6 +113,14 @@ def sign() -> Controller:
     return Controller(move_bias=sign_step, loss=sequence_loss, alpha=1e-4)
 
 
+def proportional() -> Controller:
+    return Controller(move_bias=proportional_step, loss=sequence_loss, alpha=1e-4)
+
+
+def centred() -> Controller:
+    return Controller(move_bias=centred_step, loss=sequence_loss, alpha=1e-4)
+
+
 def sequence() -> Controller:
     return Controller(loss=sequence_loss, alpha=1e-3)
 
@@ -117,7 +137,10 @@ def none() -> Controller:
     return Controller()
 
 
-CONTROLLERS = {"sign": sign, "sequence": sequence, "batch": batch, "classical": classical, "none": none}
+CONTROLLERS = {
+    "sign": sign, "proportional": proportional, "centred": centred,
+    "sequence": sequence, "batch": batch, "classical": classical, "none": none,
+}  # fmt: skip
 
 
 def controller_of(config: Config) -> Controller:

@@ -66,6 +66,8 @@ def begun(monkeypatch):
         return SimpleNamespace(interrupted=False)
 
     monkeypatch.setattr(compare, "train", fake_train)
+    monkeypatch.setattr(ablate_fp8._ablation, "setting", lambda name, question, command, plan, folder: dict(plan))
+    monkeypatch.setattr(ablate_fp8._ablation, "measures", lambda folder, config: {"loss": 3.0, "train_loss": 3.0})
     monkeypatch.setattr(ablate_fp8, "pass_through", lambda arms, seeds, workdir: ({"bf16": LAYERS}, {}))
     return runs
 
@@ -77,13 +79,16 @@ def test_slow_arms_stop_early_and_are_compared_over_their_steps(begun, tmp_path,
     assert call(tmp_path, FEW, "--seeds=2", "--set=steps=8", "--slow_steps=3") == 0
     kinds = [("float32", 8), ("bfloat16", 8), ("float32", 8), ("tensor_core", 3)]
     assert begun == [(kind, seed, steps) for seed in (0, 1) for kind, steps in kinds]
-    result = json.loads((tmp_path / "ablate_fp8.json").read_text())
+    result = json.loads((tmp_path / "fp8.json").read_text())
     whole, short = (result["arms"][arm]["gaps"]["bf16"] for arm in ("fp8", "no_promotion"))
     assert whole["mean"] == pytest.approx(1.0) and whole["validation"]["mean"] == pytest.approx(1.0)
     assert whole["verdict"] == "outside" and len(whole["curve"]["step"]) == 8
     assert short["validation"] is None and short["curve"]["step"] == [1, 2, 3]
+    assert list(result["scores"]) == ["fp32", "bf16", "fp8"], "measures are of whole runs"
+    (claim,) = result["claims"]
+    assert claim["mean"] == pytest.approx(1.0) and claim["verdict"] == "contradicted" and claim["within"] == 0.25
     assert "no_promotion: gaps of the first 3 steps" in capsys.readouterr().out
-    assert (tmp_path / "ablate_fp8.png").exists() and (tmp_path / "layers.png").exists()
+    assert (tmp_path / "fp8.png").exists() and (tmp_path / "layers.png").exists()
 
 
 def test_a_resumed_ablation_computes_no_finished_run_again_short_ones_included(begun, tmp_path):
@@ -130,7 +135,7 @@ def test_an_ablation_measures_loss_layers_and_routing_and_goes_on_where_it_stopp
     settings = set_flags({**micro_settings(tmp_path), "steps": "8"})
     flags = ["--seeds=2", "--tile=8", "--arms=fp32,bf16,fp8", *settings]
     assert call(tmp_path / "w", *flags) == 0
-    result = json.loads((tmp_path / "w" / "ablate_fp8.json").read_text())
+    result = json.loads((tmp_path / "w" / "fp8.json").read_text())
     assert result["steps"] == 8 and list(result["arms"]) == ["fp32", "bf16", "fp8"] and result["moe_layers"] == [2]
     bf16, fp8 = result["arms"]["bf16"], result["arms"]["fp8"]
     assert result["arms"]["fp32"]["layers"] is None
@@ -140,11 +145,11 @@ def test_an_ablation_measures_loss_layers_and_routing_and_goes_on_where_it_stopp
     assert 0 <= bf16["flips"]["rate"] <= fp8["flips"]["rate"] <= 1
     assert sum(fp8["flips"]["margin"]["tokens"]) == sum(bf16["flips"]["margin"]["tokens"]) > 0
     assert fp8["gaps"]["bf16"]["mean"] != 0 and len(fp8["gaps"]["bf16"]["pairs"]) == 2
-    for name in ("ablate_fp8.png", "layers.png", "flips.png"):
+    for name in ("fp8.png", "layers.png", "flips.png"):
         assert (tmp_path / "w" / name).read_bytes()[:4] == b"\x89PNG"
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "w").glob("*/seed-*/metrics.jsonl")}
     assert len(written) == 6 and len(read_metrics(next(iter(written)).parent)) == 8
     assert call(tmp_path / "w", *flags, "--resume") == 0
     assert all(p.stat().st_mtime_ns == t for p, t in written.items())
-    again = json.loads((tmp_path / "w" / "ablate_fp8.json").read_text())
+    again = json.loads((tmp_path / "w" / "fp8.json").read_text())
     assert {**again, "command": ""} == {**result, "command": ""}

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.moe.balance import CONTROLLERS, Controller, controller_of, count_load, max_violation, sequence_loss, sign_step
+from dsv3_jax.moe.balance import (
+    CONTROLLERS,
+    Controller,
+    centred_step,
+    controller_of,
+    count_load,
+    max_violation,
+    proportional_step,
+    sequence_loss,
+    sign_step,
+)
 from dsv3_jax.presets import preset
 from oracles import checks_balance, numpy_moe
 from oracles.numpy_layers import numerical_gradient, sigmoid, softmax
@@ -118,8 +128,21 @@ def test_classical_probabilities_are_a_softmax_and_the_report_s_are_normalised_a
         assert float(loss) == pytest.approx(float((f * p.mean(axis=(0, 1))).sum()), abs=2e-6)
 
 
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 10_000), min_size=2, max_size=9), st.integers(0, 2**32 - 1))
+def test_other_steps_are_the_relative_load_error_and_the_sign_without_drift(load, seed):
+    bias, loads, speed = np.random.default_rng(seed).normal(size=len(load)), np.array(load), 2**-6
+    arguments = jnp.asarray(bias, jnp.float32), jnp.asarray(loads, jnp.int32), jnp.float32(speed)
+    error = 1 - loads / loads.mean() if loads.any() else np.zeros(len(loads))
+    # float32: the quotient and the sum are each rounded once, at magnitudes of at most 9 and some 5
+    np.testing.assert_allclose(proportional_step(*arguments), bias + speed * error, atol=2e-6)
+    moved = numpy_moe.sign_bias_update(bias, loads, speed)
+    np.testing.assert_allclose(centred_step(*arguments), moved - moved.mean(), atol=2e-6)
+
+
 def test_controllers_are_what_the_field_says():
-    expected = {"sign": (True, True, 1e-4, False), "sequence": (False, True, 1e-3, False), "batch": (False, True, 1e-3, True),
+    expected = {**dict.fromkeys(("sign", "proportional", "centred"), (True, True, 1e-4, False)),
+                "sequence": (False, True, 1e-3, False), "batch": (False, True, 1e-3, True),
                 "classical": (False, True, 1e-3, True), "none": (False, False, 0.0, False)}  # fmt: skip
     for name, (moves, has_loss, alpha, needs_load) in expected.items():
         controller = controller_of(with_train(controller=name))
