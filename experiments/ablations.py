@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from dsv3_jax.analysis import results_page
 from dsv3_jax.config import Config
 from dsv3_jax.settings import override, parse_settings
+from dsv3_jax.training.console import Interrupt
 from dsv3_jax.training.journal import write_text
 from experiments import _cli
 
@@ -78,7 +78,7 @@ class Workers:
                 continue
             log = self.workdir / name / f"worker-{number}.log"
             status = self._call([*self.commands[name], "--nowait"], log, cores)
-            if status not in (0, _cli.INTERRUPTED):
+            if status not in (0, _cli.INTERRUPTED) and not self.stopped:
                 self.failed[name] = last_line(log)
 
     def _call(self, words: list[str], log: Path, cores: set[int]) -> int:
@@ -97,12 +97,13 @@ class Workers:
                 self._running.discard(process)
         return status
 
-    def stop(self) -> None:
+    def stop(self, at_once: bool = False) -> None:
         """Every process finishes its step, saves, and ends."""
         with self._lock:
             self.stopped = True
             for process in self._running:
-                process.send_signal(signal.SIGINT)
+                # not SIGINT, which whatever a shell begins in the background inherits as ignored
+                process.kill() if at_once else process.terminate()
 
 
 def last_line(log: Path) -> str:
@@ -111,22 +112,23 @@ def last_line(log: Path) -> str:
 
 
 def compute(workers: Workers, count: int, total: int) -> None:
-    """All runs, with a bar; a KeyboardInterrupt once everything is saved, if the user asked for it."""
+    """All runs, with a bar. After Ctrl-C or SIGTERM those that were begun are saved; a second one ends them at once."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     threads = [threading.Thread(target=workers.work, args=(i, set(cores[i::count]))) for i in range(count)]
     for thread in threads:
         thread.start()
-    with tqdm(total=total, unit="run", disable=None) as bar:
-        while any(thread.is_alive() for thread in threads):
-            try:
+    folders = [workers.workdir / name for name in workers.commands]
+    try:
+        with Interrupt() as interrupt, tqdm(total=total, unit="run", disable=None) as bar:
+            while any(thread.is_alive() for thread in threads):
                 time.sleep(POLL_S)
-                finished = sum(
-                    1 for name in workers.commands for _ in (workers.workdir / name).glob("*/seed-*/validation.json")
-                )
+                finished = sum(1 for folder in folders for _ in folder.glob("*/seed-*/validation.json"))
                 bar.update(finished - bar.n)
-            except KeyboardInterrupt:
-                print("stopping: every run saves its state", file=sys.stderr, flush=True)
-                workers.stop()
+                if interrupt.asked and not workers.stopped:
+                    workers.stop()
+    except KeyboardInterrupt:
+        workers.stop(at_once=True)
+        raise
     for thread in threads:
         thread.join()
 
