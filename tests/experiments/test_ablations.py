@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
@@ -113,6 +114,56 @@ def test_arms_are_chosen_by_name_in_the_ablation_s_order():
     for names in (["loss-free"], ["loss-free", "loss"]):
         with pytest.raises(ValueError, match="--arms: expected at least 2 of loss-free, sequence-wise"):
             _ablation.chosen(arms, names)
+
+
+def test_a_run_s_measures_are_of_the_main_model_s_layers_and_of_the_end_of_training(tmp_path):
+    raw = {"bits_per_byte": {"all": 1.5}, "loss": {"all": 2.5}}
+    (tmp_path / "validation.json").write_text(json.dumps({"raw": raw}))
+    records = [{"step": i, "main_loss": None if i == 20 else float(i), "max_vio_mean": float(i > 10)} for i in range(1, 21)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    load_LME = np.random.default_rng(0).integers(0, 50, (3, 4, 16))
+    np.save(tmp_path / "validation_load.npy", load_LME)  # the last layer is the MTP module's
+    found = _ablation.measures(tmp_path, preset("tiny"))
+    assert (found["bits_per_byte"], found["loss"], found["max_vio"]) == (1.5, 2.5, 1.0)
+    assert found["train_loss"] == 19.0, "of the last tenth, without the skipped step"
+    violations, bits = [], []
+    for load_ME in load_LME[:2].astype(float):
+        of_experts, of_domains = load_ME.sum(0), load_ME.sum(1)
+        violations.append(of_experts.max() / of_experts.mean() - 1)
+        joint = load_ME / load_ME.sum()
+        chance = np.outer(of_domains, of_experts) / load_ME.sum() ** 2
+        bits.append(sum(j * np.log2(j / c) for j, c in zip(joint.flat, chance.flat, strict=True) if j > 0))
+    assert found["max_vio_global"] == pytest.approx(np.mean(violations))
+    assert found["domain_bits"] == pytest.approx(np.mean(bits))
+
+
+def test_what_was_observed_of_a_run_is_computed_once(tmp_path):
+    seen = []
+    ablation = dataclasses.replace(ablate_groups.ABLATION, observe=lambda folder, config: seen.append(folder) or {"nodes": 1.5})
+    for _ in range(2):
+        assert _ablation.observed(ablation, tmp_path, preset("tiny")) == {"nodes": 1.5}
+    assert seen == [tmp_path] and _ablation.observed(ablate_balance.ABLATION, tmp_path, preset("tiny")) == {}
+
+
+def test_the_command_beside_a_number_has_the_steps_that_a_budget_became(defined_flags):
+    with flagsaver.flagsaver(set=["controller=sign", "steps=3"], preset="quick"):
+        command = _ablation.command_of("balance", {"seeds": 7, "steps": 412}, ["loss-free", "classical"], "--tile=8")
+    assert command == (
+        "python -m experiments.ablate_balance --preset=quick --seeds=7 --arms=loss-free,classical --tile=8 "
+        "--set=controller=sign --set=steps=412"
+    )
+
+
+def test_a_corpus_is_named_by_its_texts_whatever_the_order_of_its_domains(tmp_path):
+    rows = {name: {"sha256": name * 8, "bytes": 10, "train_tokens": 3} for name in ("a", "b")}
+    found = []
+    for order in (("a", "b"), ("b", "a")):
+        (tmp_path / "run.json").write_text(json.dumps({"data": {"domains": {name: rows[name] for name in order}}}))
+        found.append(_ablation.corpus_of(tmp_path))
+    assert found[0] == found[1] and (found[0]["bytes"], found[0]["train_tokens"]) == (20, 6)
+    rows["b"]["sha256"] = "c"
+    (tmp_path / "run.json").write_text(json.dumps({"data": {"domains": rows}}))
+    assert _ablation.corpus_of(tmp_path)["sha256"] != found[0]["sha256"]
 
 
 def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
