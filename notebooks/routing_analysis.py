@@ -28,23 +28,17 @@
 # %%
 # %matplotlib inline
 import hashlib
-import inspect
 import math
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from dsv3_jax.analysis import routing, routing_figures, specialisation
-from dsv3_jax.data.arithmetic import arithmetic_documents
-from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.inference.text import folder_tokenizer
-from dsv3_jax.model.module import init_variables
 from dsv3_jax.presets import preset
-from dsv3_jax.tracing import capture
-from dsv3_jax.tracing.store import Writer, about_model, open_trace
-from dsv3_jax.tracing.text import data_of, read_text
+from dsv3_jax.tracing.example import random_traces
+from dsv3_jax.tracing.store import open_trace
 
 TRACE = os.environ.get("DSV3_TRACE")  # a folder that `experiments.trace` wrote
 TOKENIZER = os.environ.get("DSV3_TOKENIZER")  # the checkpoint's folder: shows tokens as text, not as numbers
@@ -53,37 +47,7 @@ SEQUENCE, TOKENS = 0, 120  # the text that is shown token by token
 PERMUTATIONS = 199
 DOCUMENTS = 12  # of each domain, of the small trace
 
-
 # %%
-def small_trace():
-    """Of the `tiny` preset with random weights, over short texts of three domains; and its tokenizer."""
-    pages = [inspect.getdoc(getattr(np.linalg, name)) or "" for name in sorted(np.linalg.__all__)]
-    sources = [path.read_text(encoding="utf-8")[1000:] for path in sorted(Path(os.__file__).parent.glob("*.py"))[::8]]
-    drawn = {"arithmetic": list(arithmetic_documents(50_000)), "english": pages, "python": sources}
-    texts = {domain: [text[:300] for text in every if len(text) >= 300][:DOCUMENTS] for domain, every in drawn.items()}
-    config = preset("tiny").model
-    tokenizer = train_tokenizer([text for of_domain in texts.values() for text in of_domain], config.vocab_size)
-    with tempfile.TemporaryDirectory() as folder:  # open maps outlive their files
-        for domain, of_domain in texts.items():
-            (Path(folder) / domain).mkdir()
-            for i, text in enumerate(of_domain):
-                (Path(folder) / domain / f"{i}.txt").write_text(text, encoding="utf-8")
-        text = read_text(data_of(f"{folder}/*/*.txt", 128), tokenizer, None)
-        about = about_model(
-            config, model="random weights", tokenizer=None, domains=text.domains, source="three small domains",
-            batch_tokens=4096, how={"dtype": config.compute_dtype},
-        )  # fmt: skip
-        variables = init_variables(config)
-        groups = config.n_group if capture.has_groups(config) else 0
-        capture.trace(
-            capture.Whole(variables.params, variables.bias_LE, config),
-            text,
-            Writer(Path(folder) / "trace", about, text, groups),
-            about.batch_tokens,
-        )
-        return open_trace(Path(folder) / "trace"), tokenizer
-
-
 if TRACE:
     trace, tokenizer = open_trace(TRACE), None
     if TOKENIZER:
@@ -94,7 +58,8 @@ if TRACE:
             )
         tokenizer = folder_tokenizer(TOKENIZER, trace.about.config["vocab_size"])
 else:
-    trace, tokenizer = small_trace()
+    traces, tokenizer = random_traces({"float32": preset("tiny").model}, DOCUMENTS)
+    trace = traces["float32"]
 
 # %% [markdown]
 # ## What the trace is

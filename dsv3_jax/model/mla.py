@@ -66,7 +66,7 @@ def attention_spec(config: ModelConfig) -> SpecTree:
     }
 
 
-def _mla_heads(params: Mapping[str, Any], x_BTD: Array, config: ModelConfig) -> Heads:
+def mla_heads(params: Mapping[str, Any], x_BTD: Float[Array, "B T D"], config: ModelConfig) -> Heads:
     """Eqs. 1-9: compress to latents, normalise them, expand per head; k_rope bypasses the latent and its norm."""
 
     def down(name: str) -> Array:
@@ -112,7 +112,7 @@ def attention(
 
     The heads are those of `params`: all of them or, on one of several tensor ranks, some; then the result is a part of a sum.
     """
-    project = _mla_heads if config.attention == "mla" else plain_heads
+    project = mla_heads if config.attention == "mla" else plain_heads
     heads = project(params, x_BTD, config)
     q_rope, k_rope = apply_rope(heads.q_rope_BHTR, *rope), apply_rope(heads.k_rope_BGTR, *rope)
     heads = heads._replace(q_rope_BHTR=q_rope, k_rope_BGTR=k_rope)

@@ -26,18 +26,19 @@ def read_text(data: DataConfig, tokenizer: Tokenizer | None, most_tokens: int | 
         return _of_array(Path(data.corpus), data.seq_len, most_tokens)
     if tokenizer is None:
         raise ValueError("--data: this checkpoint has no tokenizer.json; give tokens, an .npy file of integers [sequences, T]")
-    return _windows(_encoded(_documents(data), tokenizer), data.seq_len, most_tokens)
+    return _windows(_encoded(documents_of(data), tokenizer), data.seq_len, most_tokens)
 
 
-def _documents(data: DataConfig) -> Iterable[Document]:
+def documents_of(data: DataConfig) -> Iterable[Document]:
+    """`embedded`: the held-out documents of the corpus; else all of the files. Raises ValueError for what cannot be read."""
     if data.corpus != "embedded":
         return files.documents(data)
     corpus = load_corpus(data)
     return [d for d, out in zip(corpus.documents, corpus.held_out(data.holdout_fraction), strict=True) if out]
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    for document in documents:
+def _encoded(texts: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    for document in texts:
         yield document.domain, np.asarray(prompt_ids(tokenizer, document.text), np.int32)
 
 

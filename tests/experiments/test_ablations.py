@@ -146,6 +146,7 @@ def test_what_was_observed_of_a_run_is_computed_once(tmp_path):
 
 
 def test_the_command_beside_a_number_has_the_steps_that_a_budget_became(defined_flags):
+    absl_flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(set=["controller=sign", "steps=3"], preset="quick"):
         command = _ablation.command_of("balance", {"seeds": 7, "steps": 412}, ["loss-free", "classical"], "--tile=8")
     assert command == (
