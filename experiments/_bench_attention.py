@@ -83,7 +83,7 @@ def backward_cost(length: int, blocks: pallas_tpu_backward.Blocks, heads: int = 
     """Of `pallas_tpu_backward.backward` with as many queries as keys, of several blocks, within one span.
 
     `trips`: of starts (keys, rotary keys, queries), tiles of keys, of queries with them where scores are masked and where not,
-    finishes (queries, keys, rotary keys).
+    finishes (queries, keys, rotary keys). Those of rotary keys are small.
     """
     tile = min(blocks.tile, length)
     block = min(blocks.block, -(-length // tile) * tile)
@@ -91,46 +91,47 @@ def backward_cost(length: int, blocks: pallas_tpu_backward.Blocks, heads: int = 
     each = heads // cores
     if n == 1 or length > blocks.span:
         raise ValueError(f"backward: expected several blocks of {block} in a span of {blocks.span}, got {length}")
-    outer = masked = whole = 0
-    for j in range(n):
-        for i in range(j, n):
-            outer += tiles
-            for keys in range(tiles):
-                behind = (j - i) * block + keys * tile
-                first, all_of_it = (min(max(n, 0) // tile, tiles) for n in (behind, behind + 2 * tile - 2))
-                masked, whole = masked + all_of_it - first, whole + tiles - all_of_it
-    steps = n * n
-    loops = outer / steps, masked / steps, whole / steps
-    trips = (1 / n, 1 / n / each, 1 / n, *loops, 1 / n, 1 / n, 1 / n / each)
+    together = blocks.wide // tile if block % blocks.wide == 0 else 1
+    steps = pallas_tpu_backward.walk(n, n, block, 0).tolist()
+    masked = whole = 0
+    for j, i in zip(steps[0], steps[1], strict=True):
+        for keys in range(tiles):
+            behind = (j - i) * block + keys * tile
+            first, all_of_it = (min(max(n, 0) // tile, tiles) for n in (behind, behind + 2 * tile - 2))
+            all_of_it = -(-all_of_it // together)
+            masked, whole = masked + all_of_it * together - first, whole + tiles // together - all_of_it
+    count = len(steps[0])
+    ends = n / count, n / count, n / count / each
+    trips = (ends[0], ends[2], ends[1], tiles, masked / count, whole / count, *ends)
 
-    def of_query(c: int, h: int, j: int, i: int) -> tuple[int, int, int]:
-        return c * each + h, max(i, j), 0
+    def of_query(c: int, h: int, s: int) -> tuple[int, int, int]:
+        return c * each + h, steps[1][s], 0
 
-    def along(c: int, h: int, j: int, i: int) -> tuple[int, int]:
-        return c * each + h, max(i, j)
+    def along(c: int, h: int, s: int) -> tuple[int, int]:
+        return c * each + h, steps[1][s]
 
-    def of_key(c: int, h: int, j: int, i: int) -> tuple[int, int, int]:
-        return c * each + h, j, 0
+    def of_key(c: int, h: int, s: int) -> tuple[int, int, int]:
+        return c * each + h, steps[0][s], 0
 
-    def complete(c: int, h: int, j: int, i: int) -> tuple[int, int, int]:
-        return c * each + h, min(max(i, j), max(j, (n if j == n - 1 else j + 1) - 1)), 0
+    def complete(c: int, h: int, s: int) -> tuple[int, int, int]:
+        return c * each + h, steps[3][s], 0
 
     shapes = {width: (heads, length, width) for width in (CONTENT, ROPE, VALUE)}
     inputs = [
         *(Operand(shapes[width], REAL, (1, block, width), of_query) for width in (CONTENT, ROPE, VALUE)),
         *(Operand(shapes[width], REAL, (1, block, width), of_key) for width in (CONTENT, VALUE)),
-        Operand((length, ROPE), REAL, (block, ROPE), lambda c, h, j, i: (j, 0)),
+        Operand((length, ROPE), REAL, (block, ROPE), lambda c, h, s: (steps[0][s], 0)),
         *[Operand((heads, length), WIDE, (1, block), along)] * 2,
     ]
     outputs = [
         *(Operand(shapes[width], REAL, (1, block, width), complete) for width in (CONTENT, ROPE)),
         *(Operand(shapes[width], REAL, (1, block, width), of_key) for width in (CONTENT, VALUE)),
-        Operand((cores, length, ROPE), WIDE, (1, block, ROPE), lambda c, h, j, i: (c, j if h == each - 1 else 0, 0)),
+        Operand((cores, ROPE, length), WIDE, (1, ROPE, block), lambda c, h, s: (c, 0, steps[0][s] if h == each - 1 else 0)),
     ]
     least = sum(x.bytes for x in [*inputs, *outputs[:4]]) + length * ROPE * REAL.itemsize
     return Cost(
-        heads * steps, trips, moved((cores, each, n, n), [*inputs, *outputs]), least,
-        heads * (masked + whole) * tile * tile * BACKWARD, least_flops(length, BACKWARD, heads),
+        heads * count, trips, moved((cores, each, count), [*inputs, *outputs]), least,
+        heads * (masked + whole * together) * tile * tile * BACKWARD, least_flops(length, BACKWARD, heads),
     )  # fmt: skip
 
 

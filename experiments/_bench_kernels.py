@@ -26,15 +26,17 @@ from dsv3_jax.kernels.quantise.api import quantise, requantise_transposed, swigl
 from dsv3_jax.kernels.quantise.call import SIDE
 from dsv3_jax.kernels.router import pallas_tpu as router_tpu
 from dsv3_jax.kernels.router.api import choose
+from dsv3_jax.kernels.scaled import pallas_tpu as scaled_tpu
 from dsv3_jax.kernels.scaled.api import grouped_scaled_outer, grouped_scaled_product, scaled_product
 from dsv3_jax.kernels.tiles import LANES
 from dsv3_jax.presets import preset
-from experiments import _bench_attention, _bench_tokamax
+from experiments import _bench_attention, _bench_scaled, _bench_tokamax
 from experiments._bench_case import BF16, Case
 from experiments._bench_case import array as _array
 
 HIDDEN, WIDTH = 7168, 2048
 COUNTS = (4301, 3688, 4535, 3902, 4120, 3577, 4646, 3999)  # rows of 8 experts of one rank: the choices of 4,096 tokens
+TILED = 4224, 3712, 4480, 3968, 4096, 3584, 4608, 4096  # about as many, in whole tiles of 128
 ROWS, EXPERTS = sum(COUNTS), len(COUNTS)
 GMM = (512, 512), (512, 256), (256, 512), (1024, 256)  # rows, columns
 TGMM = (512, 1024, 1024), (512, 512, 1024), (512, 1024, 512), (1024, 512, 512)
@@ -49,13 +51,13 @@ def cases(kind: str) -> list[Case]:
         *_product("grouped_down_transposed", kind, HIDDEN, WIDTH, transposed=True),
         _swiglu(kind),
         *_outer(kind),
-        *_attention(4096),
-        *_attention(32768),
+        *_attention(kind, 4096),
+        *_attention(kind, 32768),
         *_decode(kind, 4096),
         *_decode(kind, 32768),
         _router(),
         *quantisers(TPU),
-        *scaled(TPU),
+        *scaled(TPU, kind),
     ]
     return found
 
@@ -123,14 +125,14 @@ def _outer(kind: str) -> list[Case]:
     return [*found, *_bench_tokamax.outer_products("grouped_outer", shape, operands, COUNTS, ours)]
 
 
-def _attention(length: int) -> list[Case]:
-    forward, backward = (module.BLOCKS for module in (attention_forward, attention_backward))
+def _attention(kind: str, length: int) -> list[Case]:
+    forward, backward = (module.BLOCKS_OF_CHIP.get(kind, module.BLOCKS) for module in (attention_forward, attention_backward))
     shape, operands = f"128x{length}x(128+64,128)", _bench_attention.arrays(length)
     found = [
         Case("attention", "mla_attention", shape, partial(_bench_attention.ours, TPU), operands,
              _bench_attention.forward_cost(length, forward), forward, parts=True),
         Case("attention_backward", "mla_attention_backward", shape, partial(_bench_attention.ours_backward, TPU), operands,
-             _bench_attention.backward_cost(length, backward), backward, parts=True),
+             _bench_attention.backward_cost(length, backward), backward, parts=True, small=(1, 8), copies=True),
     ]  # fmt: skip
     for name, program, table, of_pair in (
         ("attention", "splash_mha_fwd_residuals", _bench_attention.SPLASH, _bench_attention.FORWARD),
@@ -237,8 +239,8 @@ def quantisers(implementation: str) -> list[Case]:
     ]  # fmt: skip
 
 
-def scaled(implementation: str) -> list[Case]:
-    """FP8 products; the gradient of weights with rows in whole tiles. Of the TPU's, the loops that convert are not counted."""
+def scaled(implementation: str, kind: str = "") -> list[Case]:
+    """FP8 products; the gradient of weights with rows in whole tiles. Costs are those of a TPU of this kind, if it is given."""
     how: dict[str, Any] = {"dtype": BF16, "implementation": implementation}
 
     def operand(*shape: int, tile: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -263,10 +265,20 @@ def scaled(implementation: str) -> list[Case]:
     weights, dense = operand(EXPERTS, HIDDEN, WIDTH, tile=block), operand(HIDDEN, 18432, tile=block)
     along = *operand(HIDDEN, ROWS, tile=row), *operand(ROWS, WIDTH, tile=(SIDE, 1))
     name, tokens = "grouped_scaled_product", operand(4096, HIDDEN, tile=row)
+    table, of_outer = scaled_tpu.PRODUCTS, scaled_tpu.outer_blocks_of(kind)
+    fp8, dense_counts, big = kind in scaled_tpu.FP8, (4096,), 18432
+    costs = [None] * 4 if not kind else [
+        _bench_scaled.product_cost(COUNTS, ROWS, HIDDEN, WIDTH, table, transposed=False, fp8=fp8),
+        _bench_scaled.product_cost(COUNTS, ROWS, WIDTH, HIDDEN, table, transposed=True, fp8=fp8),
+        _bench_scaled.outer_cost(TILED, ROWS, HIDDEN, WIDTH, of_outer, fp8=fp8),
+        _bench_scaled.product_cost(dense_counts, 4096, HIDDEN, big, table, transposed=False, fp8=fp8),
+    ]  # fmt: skip
+    case: dict[str, Any] = dict(parts=True, small=(0,))
     return [
-        Case("fp8_up", name, f"{ROWS}x{HIDDEN}x{WIDTH}", up, (*wide, *weights, GROUPS)),
+        Case("fp8_up", name, f"{ROWS}x{HIDDEN}x{WIDTH}", up, (*wide, *weights, GROUPS), costs[0], table, **case),
         Case("fp8_up_transposed", f"{name}_transposed", f"{ROWS}x{WIDTH}x{HIDDEN}", partial(up, transposed=True),
-             (*narrow, *weights, GROUPS)),
-        Case("fp8_outer", "grouped_scaled_outer", f"{HIDDEN}x{ROWS}x{WIDTH}", outer, (*along, GROUPS)),
-        Case("fp8_dense", "scaled_product", f"4096x{HIDDEN}x18432", plain, (*tokens, *dense)),
+             (*narrow, *weights, GROUPS), costs[1], table, **case),
+        Case("fp8_outer", "grouped_scaled_outer", f"{HIDDEN}x{ROWS}x{WIDTH}", outer, (*along, GROUPS), costs[2], of_outer,
+             parts=True),
+        Case("fp8_dense", "scaled_product", f"4096x{HIDDEN}x{big}", plain, (*tokens, *dense), costs[3], table, **case),
     ]  # fmt: skip

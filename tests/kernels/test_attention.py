@@ -23,7 +23,8 @@ NAMES = "q", "q_rope", "k", "k_rope", "v"
 def small_blocks(monkeypatch):
     """Several blocks along every side, and several tiles in one, already of small operands."""
     monkeypatch.setattr(pallas_tpu, "BLOCKS", pallas_tpu.Blocks(queries=256, keys=256, tile=128, height=128, chunk=64))
-    monkeypatch.setattr(pallas_tpu_backward, "BLOCKS", pallas_tpu_backward.Blocks(block=256, tile=128, chunk=64, span=512))
+    backward = pallas_tpu_backward.Blocks(block=256, tile=128, wide=256, chunk=64, span=512)
+    monkeypatch.setattr(pallas_tpu_backward, "BLOCKS", backward)
     for name in ("FORWARD", "QUERIES", "KEYS"):
         monkeypatch.setattr(pallas_gpu, name, dict.fromkeys((2, 4), pallas_gpu.Blocks(64, 32, 4, 2)))
 
@@ -159,6 +160,31 @@ def test_products_as_wide_as_newer_chips_matrix_units(monkeypatch, tile):
     monkeypatch.setattr(pallas_tpu_backward, "BLOCKS", backward)
     segments = np.repeat([[3, 1, 0, 1, 2, 0]], [100, 160, 20, 90, 200, 30], axis=1)
     check("pallas_tpu:interpret", jnp.float32, ((1, 1, 520, 600, 16, 8, 24), segments, 0, (1.0, 1.0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", [700, 901])
+def test_of_tiles_that_are_taken_together_one_is_left_over_beside_the_diagonal(monkeypatch, queries):
+    blocks = pallas_tpu_backward.Blocks(block=512, tile=128, wide=256, chunk=128, columns=256)
+    monkeypatch.setattr(pallas_tpu_backward, "BLOCKS", blocks)
+    check("pallas_tpu:interpret", jnp.float32, ((1, 1, queries, 1000, 16, 8, 24), None, 0, (1.0, 1.0)))
+
+
+def test_a_walk_visits_each_pair_of_blocks_in_which_something_is_seen():
+    for T, S, block in ((5, 5, 2), (3, 8, 2), (8, 8, 4), (1, 7, 3), (4, 4, 4)):
+        n_T, n_S, offset = -(-T // block), -(-S // block), S - T
+        keys, queries, bits, kept = pallas_tpu_backward.walk(n_T, n_S, block, offset).tolist()
+        pairs = list(zip(keys, queries, strict=True))
+        assert pairs == [(j, i) for j in range(n_S) for i in range(n_T) if j * block <= offset + (i + 1) * block - 1]
+        for at, (j, i) in enumerate(pairs):
+            ends = [at == min(x for x, pair in enumerate(pairs) if pair[0] == j),
+                    at == max(x for x, pair in enumerate(pairs) if pair[0] == j),
+                    at == max(x for x, pair in enumerate(pairs) if pair[1] == i)]  # fmt: skip
+            assert [bool(bits[at] & bit) for bit in (1, 2, 4)] == ends
+        # A block of the output is left once, after it is complete.
+        done = [pairs.index((j, i)) for i in range(n_T) for j in [max(j for j, other in pairs if other == i)]]
+        for i, at in enumerate(done):
+            assert kept[at] == i and kept == sorted(kept)
 
 
 @EACH

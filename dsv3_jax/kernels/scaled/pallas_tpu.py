@@ -13,6 +13,7 @@ apart, and the contraction is whole tiles; of a sum over rows, tiles of other gr
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,10 +43,10 @@ class Blocks(NamedTuple):
 
 
 PRODUCTS = Blocks(512, 7168, 1024, 128, 256)  # of all chips: other blocks were tried on v5p alone
-V5P_OUTER = Blocks(512, 1024, 2048, 128, 256, unroll=8)
+V5P_OUTER = Blocks(512, 2048, 2048, 128, 256, unroll=8)
 OUTER = {
-    "TPU v6 lite": Blocks(512, 1024, 2048, 256, 256, unroll=4),
-    "TPU7x": Blocks(512, 1024, 2048, 256, 256, unroll=2),
+    "TPU v6 lite": Blocks(512, 2048, 2048, 256, 256, unroll=4),
+    "TPU7x": Blocks(512, 2048, 2048, 256, 256, unroll=2),
 }
 FP8 = ("TPU7x",)  # whose matrix units take it
 
@@ -59,6 +60,11 @@ def _parted(size: int, block: int) -> int:
     tiles, most = -(-size // SIDE), block // SIDE
     divisors = (n for n in range(min(most, tiles), most // 2, -1) if tiles % n == 0)
     return SIDE * next(divisors, -(-tiles // -(-tiles // most)))
+
+
+def _even(size: int, block: int, step: int) -> int:
+    """A block for as many of them, but all about as large."""
+    return up(-(-size // -(-size // block)), step)
 
 
 def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
@@ -76,6 +82,7 @@ def fit_outer(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
     (deep, height), (wide, columns) = (
         fitted(inner, blocks.inner, blocks.height, PACKED), fitted(outer, blocks.outer, blocks.columns, LANES)
     )  # fmt: skip
+    deep, wide = _even(inner, deep, height), _even(outer, wide, columns)
     return blocks._replace(rows=min(blocks.rows, up(rows, SIDE)), inner=deep, outer=wide, height=height, columns=columns)
 
 
@@ -236,23 +243,27 @@ def outer_products(
             for t in range(tiles):
                 x_scales_wide[t, at, :] = jnp.broadcast_to(own_scales[:, t : t + 1], (height, LANES))
 
-        def add(i: Any, _: None) -> None:
+        def add(masked: bool, i: Any, _: None) -> None:
             at = aligned(lax.div(i, n_columns), height), aligned(lax.rem(i, n_columns), columns)
             sums = jnp.where(first, 0.0, total[at])
             for t in range(tiles):
-                row, along = tile_S[s] * blocks.rows + t * SIDE, slice(t * SIDE, (t + 1) * SIDE)
-                own = (row >= first_G[group]) & (row < end_G[group])
+                along = slice(t * SIDE, (t + 1) * SIDE)
                 sum_ = dot(x_wide[at[0], along], y_wide[along, at[1]], 1, 0)
                 x_scale = jnp.concatenate([x_scales_wide[t, at[0], :]] * (columns // LANES), axis=1)
                 sum_ = sum_ * x_scale * y_scales[t, :, at[1]]
-                sums += jnp.where(own, sum_, 0.0)
+                own = (start + t * SIDE >= first_G[group]) & (start + t * SIDE < end_G[group])
+                sums += jnp.where(own, sum_, 0.0) if masked else sum_
             total[at] = sums
 
         def store(i: Any, _: None) -> None:
             at = aligned(lax.div(i, n_columns), height), aligned(lax.rem(i, n_columns), columns)
             w[at] = total[at].astype(w.dtype)
 
-        lax.fori_loop(0, n_heights * n_columns, add, None, unroll=min(blocks.unroll, n_heights * n_columns))
+        turns, start = n_heights * n_columns, tile_S[s] * blocks.rows
+        whole = (start >= first_G[group]) & (start + blocks.rows <= end_G[group])  # nothing of another group
+        unroll = min(blocks.unroll, turns)
+        for masked, when in ((False, whole), (True, ~whole)):
+            pl.when(when)(partial(lax.fori_loop, 0, turns, partial(add, masked), None, unroll=unroll))
         pl.when(last)(lambda: lax.fori_loop(0, n_heights * n_columns, store, None))
 
     sums = result((n_groups, inner, outer), dtype, x_IR, interpret)
