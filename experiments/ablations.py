@@ -156,7 +156,7 @@ def write_page(results: Path) -> Path:
     """RESULTS.md from every result that is there, also of earlier calls with other presets."""
     paths = sorted((results / "results").glob("*.json"), key=lambda path: path.name)
     found = [json.loads(path.read_text()) for path in paths]
-    found.sort(key=lambda r: (NAMES.index(r["name"]) if r["name"] in NAMES else len(NAMES), r["preset"]))
+    found.sort(key=lambda r: (NAMES.index(r["name"]) if r["name"] in NAMES else len(NAMES), r["tokens"]))
     pictures = {path.stem: f"results/{path.stem}.png" for path in paths if path.with_suffix(".png").exists()}
     write_text(results / "RESULTS.md", results_page.page(found, pictures))
     return results / "RESULTS.md"

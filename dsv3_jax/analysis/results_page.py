@@ -36,9 +36,10 @@ def number(value: float, signed: bool = False) -> str:
 def setting_text(result: Mapping[str, Any]) -> str:
     """What the numbers hang on, in a line."""
     versions, corpus = result["versions"], result["corpus"]
+    device = " ".join(dict.fromkeys(result["device"].split()))  # "cpu cpu" says no more than "cpu"
     return (
         f"{size_text(result)}, {result['steps']:,} steps; corpus `{corpus['sha256']}` ({corpus['bytes'] / 1e6:.1f} MB); "
-        f"{result['device']}, Python {versions['python']}, jax {versions['jax']}; {result['date']}"
+        f"{device}, Python {versions['python']}, jax {versions['jax']}; {result['date']}"
     )
 
 
@@ -65,7 +66,7 @@ def verdicts(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def section(result: Mapping[str, Any], figure: str | None) -> list[str]:
     """An ablation: command, setting, every arm's measures with their differences from the first."""
     scores, base, titles = result["scores"], result["baseline"], result["titles"]
-    lines = [f"## {result['question']}", "", f"    {result['command']}", "", setting_text(result), ""]
+    lines = [f"## {result['question']} (`{result['preset']}`)", "", f"    {result['command']}", "", setting_text(result), ""]
     lines += [_row(["arm", "parameters, activated", *titles.values()]), _row(["---"] * (2 + len(titles)))]
     for arm, of_arm in scores.items():
         counts, cells = result["arms"][arm], []

@@ -29,7 +29,8 @@ def result(preset="tiny", name="one"):
 def test_the_page_has_command_setting_arms_and_verdicts():
     text = results_page.page([result(), result("quick")], {"one-tiny": "results/one-tiny.png"})
     assert text.count("    python -m experiments.ablate_one --set=steps=7\n") == 2
-    assert "`tiny`, 2.0M tokens, 2.0 epochs, 3 seeds, 7 steps; corpus `0123456789abcdef` (3.1 MB)" in text
+    assert "`tiny`, 2.0M tokens, 2.0 epochs, 3 seeds, 7 steps; corpus `0123456789abcdef` (3.1 MB); cpu, Python" in text
+    assert "## Which is better? (`tiny`)" in text and "## Which is better? (`quick`)" in text
     assert "| a is better | -0.0967 ± 0.0143 | 2.0 beside 2.1 | **reproduced** | `quick`, 2.0M tokens" in text
     assert "| a keeps half | 0.5000 ± 0.0248 | 50 % | **reproduced** |" in text, "an absolute claim shows the value"
     assert "| b | 1,234, 567 | 2.1000 |" in text and "| a | 1,234, 567 | 2.0033 (-0.0967 ± 0.0143) |" in text
