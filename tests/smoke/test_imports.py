@@ -18,7 +18,12 @@ def _names(package):
 
 @pytest.mark.parametrize("name", ["dsv3_jax", *_names(dsv3_jax)])
 def test_every_module_of_the_package_imports_and_says_what_it_is(name):
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if "install the extra" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert module.__doc__, f"{name} lacks the docstring that names what it is"
 
 
