@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,8 +158,18 @@ def main(ablation: Ablation) -> int:
     return 0
 
 
+def same_sums_everywhere() -> None:
+    """One thread for XLA on a CPU, unless NPROC says otherwise; to be called before the first array.
+
+    How many there are decides in which order some sums are taken, and training makes of a last bit a third digit: so the
+    command beside a result gives its numbers on a machine with more cores, too. More cores take more processes.
+    """
+    os.environ.setdefault("NPROC", "1")
+
+
 def run(ablation: Ablation) -> None:
     """The program."""
+    same_sums_everywhere()
     _cli.define_config_flags()
     flags.adopt_module_key_flags(_cli)  # so that --help lists them
     compare.define_run_flags()

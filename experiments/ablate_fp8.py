@@ -170,6 +170,7 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
+    _ablation.same_sums_everywhere()
     _cli.define_config_flags()
     flags.adopt_module_key_flags(_cli)  # so that --help lists them
     compare.define_run_flags()

@@ -4,7 +4,7 @@
 
 Runs every `experiments.ablate_NAME` and writes their verdicts to RESULTS.md, with numbers and figures in results/, in the
 folder --results. `--budget`: minutes for all of it, divided by the number of runs; `--set=steps=...` says it instead. A worker
-is a process that takes one run at a time, with its share of the cores; on an accelerator, take as many as its memory holds.
+is a process that takes one run at a time, on one core (or NPROC); on an accelerator, take as many as its memory holds.
 Ctrl-C saves every run; `--resume` goes on, and is also how a longer list (`--only`) continues a shorter one.
 """
 

@@ -229,6 +229,15 @@ def environment(folder):
     }
 
 
+def test_sums_are_taken_in_one_order_whatever_the_machine(monkeypatch):
+    for given, expected in ((None, "1"), ("3", "3")):
+        monkeypatch.delenv("NPROC", raising=False)
+        if given:
+            monkeypatch.setenv("NPROC", given)
+        _ablation.same_sums_everywhere()
+        assert os.environ["NPROC"] == expected
+
+
 @pytest.mark.slow
 def test_two_workers_compute_every_run_once_stop_on_ctrl_c_go_on_and_write_the_page(tmp_path):
     settings = set_flags({**micro_settings(tmp_path), "steps": "6", "n_group": "2", "n_routed_experts": "8"})
@@ -271,5 +280,10 @@ def test_two_workers_compute_every_run_once_stop_on_ctrl_c_go_on_and_write_the_p
     assert set(result["scores"]["without"][0]).isdisjoint({"acceptance"})
     nodes = json.loads((tmp_path / "r" / "results" / "groups-tiny.json").read_text())["scores"]
     assert all(1 <= score["nodes"] <= 2 for score in nodes["free"]) and all(s["nodes"] == 1 for s in nodes["one group"])
+    again = [sys.executable, *result["command"].split()[1:], f"--workdir={tmp_path / 'again'}"]
+    done = subprocess.run(again, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "again" / "mtp.json").read_text())
+    assert {**found, "date": ""} == {**result, "date": ""}, "the command beside the numbers gives them again, without workers"
     for name in ("mtp", "groups"):
         assert (tmp_path / "r" / "results" / f"{name}-tiny.png").read_bytes()[:4] == b"\x89PNG"
