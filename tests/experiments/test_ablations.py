@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -280,7 +281,7 @@ def test_two_workers_compute_every_run_once_stop_on_ctrl_c_go_on_and_write_the_p
     assert set(result["scores"]["without"][0]).isdisjoint({"acceptance"})
     nodes = json.loads((tmp_path / "r" / "results" / "groups-tiny.json").read_text())["scores"]
     assert all(1 <= score["nodes"] <= 2 for score in nodes["free"]) and all(s["nodes"] == 1 for s in nodes["one group"])
-    again = [sys.executable, *result["command"].split()[1:], f"--workdir={tmp_path / 'again'}"]
+    again = [sys.executable, *shlex.split(result["command"])[1:], f"--workdir={tmp_path / 'again'}"]
     done = subprocess.run(again, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "again" / "mtp.json").read_text())
