@@ -24,7 +24,7 @@ from dsv3_jax.analysis.ablation import Claim, judge
 from dsv3_jax.config import Config
 from dsv3_jax.model.count import count_parameters
 from dsv3_jax.settings import override
-from dsv3_jax.training.journal import read_metrics, write_json
+from dsv3_jax.training.journal import write_json
 from experiments import _cli, compare
 
 OBSERVED = "observed.json"  # in a run's folder: what its ablation measured of it
@@ -49,8 +49,8 @@ class Ablation:
 def measures(folder: Path, config: Config) -> dict[str, float]:
     """Of a finished run: loss and bits per byte of held-out text, loss of the last tenth of training, MaxVio of training's
     batches and of all held-out text, bits that an expert says of the domain."""
-    validation, records = json.loads((folder / "validation.json").read_text()), read_metrics(folder)
-    found = comparison.scores({"validation": validation, "metrics": records})
+    run = compare.read_run(folder)
+    found, records = comparison.scores(run), run["metrics"]
     last = [r["main_loss"] for r in records[-max(1, len(records) // 10) :] if r["main_loss"] is not None]
     found["train_loss"] = float(np.mean(last)) if last else math.nan
     load_LME = np.load(folder / "validation_load.npy")[: config.model.n_main_moe_layers]

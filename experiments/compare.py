@@ -173,7 +173,7 @@ def run_arms(
         if len(others) == len(waiting):
             time.sleep(1)
         waiting = others
-    return {arm: [_read_run(run_folder(arms, arm, seed, workdir)) for seed in range(plan["seeds"])] for arm in arms}
+    return {arm: [read_run(run_folder(arms, arm, seed, workdir)) for seed in range(plan["seeds"])] for arm in arms}
 
 
 def run_folder(arms: Mapping[str, Config], arm: str, seed: int, workdir: Path) -> Path:
@@ -194,7 +194,8 @@ def _complete(config: Config, arm: str, seed: int, plan: Mapping[str, Any], fold
     return True
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
+    """`validation` (None before its end) and `metrics`, a record a step."""
     path = folder / "validation.json"
     return {"validation": json.loads(path.read_text()) if path.exists() else None, "metrics": read_metrics(folder)}
 

@@ -5,6 +5,7 @@ A claim is about the difference of two arms in one measure, paired by seed, or a
 cases of five.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,14 +76,7 @@ def judge(claim: Claim, scores: Mapping[str, Sequence[Mapping[str, float]]]) -> 
     pairs = [a - b for a, b in zip(values, others, strict=True)]
     mean, half_width, _ = paired_interval(pairs)
     return {
-        "text": claim.text,
-        "measure": claim.measure,
-        "arm": claim.arm,
-        "than": claim.than,
-        "expects": claim.expects,
-        "value": claim.value,
-        "within": claim.within,
-        "report": claim.report,
+        **dataclasses.asdict(claim),
         "arm_mean": float(np.mean(values)),
         "than_mean": float(np.mean(others)),
         "mean": mean,

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
-from scipy.stats import norm
 
+from dsv3_jax.analysis.metrics import wilson
 from dsv3_jax.analysis.routing import expert_ids, over, pieces
 
 EDGES = np.concatenate([[0.0], 10.0 ** np.arange(-5, 0.25, 0.5)])  # of the margins' bins, whose last has no end
@@ -29,12 +29,7 @@ class Rate(NamedTuple):
 
     def interval(self, confidence: float = 0.95) -> tuple[Float[np.ndarray, "*any"], Float[np.ndarray, "*any"]]:
         """Wilson's for a binomial share, (low, high): as if tokens were independent, which those of one text are not quite."""
-        z = float(norm.ppf(0.5 + confidence / 2))
-        n, p = self.of.astype(np.float64), self.share
-        with np.errstate(divide="ignore", invalid="ignore"):
-            centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-            low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
-        return np.clip(low, 0.0, p), np.clip(high, p, 1.0)  # rounding must not put an end on the share's other side
+        return wilson(self.hits, self.of, confidence)
 
 
 class Differences(NamedTuple):

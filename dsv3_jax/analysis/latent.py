@@ -19,13 +19,11 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.quantize import Quantiser
 from dsv3_jax.inference.attention import cache_width, cached_attention
 from dsv3_jax.inference.decode import positions
-from dsv3_jax.inference.score import Supply, check_tokens, final_norm, run_layer, score_context
+from dsv3_jax.inference.score import Supply, check_tokens, final_norm, hidden_layer, run_layer, score_context
 from dsv3_jax.inference.serving import attention_laid_out
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import attention, mla_heads
 from dsv3_jax.model.rope import apply_rope, softmax_scale
-from dsv3_jax.model.transformer import block
-from dsv3_jax.parallel.collectives import Placement
 from dsv3_jax.planner.parameters import BF16, cache_elements
 from dsv3_jax.planner.rows import Number
 from dsv3_jax.training.loss import chunk_length, cross_entropy
@@ -222,9 +220,9 @@ def study(supply: Supply, tokens_BT: Int[np.ndarray, "B T"], ranks: Sequence[int
         params = _with_kv_b(params, kv_b_CHO)  # FP8 as a plain array, so that truncated weights are another of its kind
         found, kept = _study_layer(params, fit_BTD, held_BTD, ranks, config)
         layers.append(found)
-        fit_BTD, held_BTD = (run_layer(_block, params, bias_E, x, supply=supply) for x in (fit_BTD, held_BTD))
+        fit_BTD, held_BTD = (run_layer(hidden_layer, params, bias_E, x, supply=supply) for x in (fit_BTD, held_BTD))
         truncated = [
-            run_layer(_block, _with_kv_b(params, kv_b), bias_E, x, supply=supply)
+            run_layer(hidden_layer, _with_kv_b(params, kv_b), bias_E, x, supply=supply)
             for kv_b, x in zip(kept, truncated, strict=True)
         ]
         jax.block_until_ready(truncated)
@@ -265,10 +263,6 @@ def _study_layer(
 
 def _with_kv_b(params: Mapping[str, Any], kv_b_CHO: Array) -> dict[str, Any]:
     return {**params, "self_attn": {**params["self_attn"], "kv_b_proj": kv_b_CHO}}
-
-
-def _block(params: Any, bias_E: Any, x_BTD: Array, config: ModelConfig, placement: Placement | None) -> Array:
-    return block(params, bias_E, x_BTD, score_context(x_BTD, config, placement), config)[0]
 
 
 def _relative(found: Array, exact: Array) -> float:

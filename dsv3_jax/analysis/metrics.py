@@ -49,3 +49,19 @@ def paired_interval(differences: Sequence[float], confidence: float = 0.95) -> I
         return Interval(float(values[0]), None, 1)
     t = float(stats.t.ppf(0.5 + confidence / 2, n - 1))
     return Interval(float(values.mean()), t * float(values.std(ddof=1)) / math.sqrt(n), n)
+
+
+def wilson(
+    hits: Int[np.ndarray, "*any"], of: Int[np.ndarray, "*any"], confidence: float = 0.95
+) -> tuple[Float[np.ndarray, "*any"], Float[np.ndarray, "*any"]]:
+    """Wilson's score interval (low, high) of binomial shares hits / of; NaN of nothing.
+
+    It stays within 0..1 and is right for few trials too.
+    """
+    z, n = float(stats.norm.ppf(0.5 + confidence / 2)), of.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = hits / n
+        centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    # Rounding must not put an end on the share's other side.
+    return np.asarray(np.clip(low, 0.0, p)), np.asarray(np.clip(high, p, 1.0))

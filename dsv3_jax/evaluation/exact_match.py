@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.evaluation.intervals import wilson
 from dsv3_jax.evaluation.journal import Journal
-from dsv3_jax.evaluation.tasks import Exact
+from dsv3_jax.evaluation.tasks import Exact, summarised
 from dsv3_jax.inference.sampling import GREEDY, Sampling
 from dsv3_jax.inference.talk import Speaker, reply
 from dsv3_jax.inference.text import prompt_ids
@@ -144,21 +144,7 @@ def outcome(record: Exact, text: str, n_cut: int, normalise: Sequence[str]) -> d
 
 def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The share of exact matches, over all records and by category."""
-    by_category: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for each in outcomes:
-        if each["category"] is not None:
-            by_category[each["category"]].append(each)
-    result = {
-        "records": len(outcomes),
-        "cut_records": sum(each["cut_tokens"] > 0 for each in outcomes),
-        "cut_tokens": sum(each["cut_tokens"] for each in outcomes),
-        "exact_match": _share(outcomes),
-    }
-    if by_category:
-        result["categories"] = {
-            name: {"records": len(own), "exact_match": _share(own)} for name, own in sorted(by_category.items())
-        }
-    return result
+    return summarised(outcomes, lambda own: {"exact_match": _share(own)})
 
 
 def _share(outcomes: Sequence[dict[str, Any]]) -> dict[str, float]:

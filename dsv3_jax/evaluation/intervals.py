@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-Z = 1.959963984540054  # the normal distribution's 97.5 % point
+from dsv3_jax.analysis import metrics
+
 DRAWS = 1000
 
 
@@ -29,11 +30,8 @@ def wilson(n_right: int, n: int) -> Estimate:
     """
     if not 0 <= n_right <= n or n < 1:
         raise ValueError(f"wilson: expected 0 <= right <= records and at least one record, got {n_right} of {n}")
-    share, z2 = n_right / n, Z * Z
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # At 0 and 1 rounding must not put the share itself outside.
-    return Estimate(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
+    low, high = metrics.wilson(np.array(n_right), np.array(n))
+    return Estimate(n_right / n, float(low), float(high))
 
 
 def bootstrap_ratio(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "n"], seed: int) -> Estimate:

@@ -6,18 +6,15 @@ A sequence is padded behind, where causal attention does not look, so neither pa
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference.score import Supply, final_norm, run_layer, score_context
-from dsv3_jax.model.transformer import block
-from dsv3_jax.parallel.collectives import Placement
+from dsv3_jax.inference.score import Supply, final_norm, hidden_layer, run_layer
 
 SHORTEST = 16  # tokens that a pass is compiled for; then powers of two
 
@@ -126,7 +123,7 @@ def token_logprobs(
     """log p(target) at every position, float32 nats, and whether the target has the largest logit (the lowest id of equals)."""
     x_BTD = jnp.asarray(supply.embedding(tokens_BT), jnp.dtype(supply.config.compute_dtype))
     for params, bias_E in supply.layers():
-        x_BTD = jax.block_until_ready(run_layer(_layer, params, bias_E, x_BTD, supply=supply))
+        x_BTD = jax.block_until_ready(run_layer(hidden_layer, params, bias_E, x_BTD, supply=supply))
         del params  # before the next layer is read
     normed_BTD, targets, start = final_norm(x_BTD, supply), jnp.asarray(targets_BT), 0
     seen = _nothing(tokens_BT.shape)
@@ -135,10 +132,6 @@ def token_logprobs(
         start += len(rows_VD)
     logprob_BT = seen.own_BT - (seen.top_BT + jnp.log(seen.sum_BT))
     return np.asarray(logprob_BT), np.asarray(seen.best_BT == targets)
-
-
-def _layer(params: Any, bias_E: Any, x_BTD: Array, config: ModelConfig, placement: Placement | None) -> Array:
-    return block(params, bias_E, x_BTD, score_context(x_BTD, config, placement), config)[0]
 
 
 class _Seen(NamedTuple):

@@ -15,7 +15,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.evaluation.intervals import wilson
 from dsv3_jax.evaluation.journal import Journal
 from dsv3_jax.evaluation.logprob import Request, Scored, cut, encode_pair, n_read, scored
-from dsv3_jax.evaluation.tasks import Choice, delimiter
+from dsv3_jax.evaluation.tasks import Choice, delimiter, summarised
 from dsv3_jax.inference.score import Supply
 
 READINGS = ("accuracy", "accuracy_per_byte", "accuracy_unconditional")
@@ -87,20 +87,8 @@ def _outcome(record: Choice, found: Sequence[Scored], n_cut: int) -> dict[str, A
 
 def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracies with their intervals, over all records and by category, and what guessing would give."""
-    by_category: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for outcome in outcomes:
-        if outcome["category"] is not None:
-            by_category[outcome["category"]].append(outcome)
-    result = {
-        "records": len(outcomes),
-        "chance": float(np.mean([1 / len(outcome["logprobs"]) for outcome in outcomes])),
-        "cut_records": sum(outcome["cut_tokens"] > 0 for outcome in outcomes),
-        "cut_tokens": sum(outcome["cut_tokens"] for outcome in outcomes),
-        **_accuracies(outcomes),
-    }
-    if by_category:
-        result["categories"] = {name: {"records": len(own), **_accuracies(own)} for name, own in sorted(by_category.items())}
-    return result
+    chance = float(np.mean([1 / len(outcome["logprobs"]) for outcome in outcomes]))
+    return {**summarised(outcomes, _accuracies), "chance": chance}
 
 
 def _accuracies(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ Both may have "category". Other fields are left alone. A file holds records of o
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,28 @@ class Task:
     @property
     def multiple_choice(self) -> bool:
         return isinstance(self.records[0], Choice)
+
+
+def summarised(
+    outcomes: Sequence[dict[str, Any]], measures: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+) -> dict[str, Any]:
+    """JSON-able: how many, how much of their contexts was cut off, and their measures, over all and by category if any has one.
+
+    An outcome has `cut_tokens` and `category`.
+    """
+    by_category: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome["category"] is not None:
+            by_category[outcome["category"]].append(outcome)
+    result = {
+        "records": len(outcomes),
+        "cut_records": sum(outcome["cut_tokens"] > 0 for outcome in outcomes),
+        "cut_tokens": sum(outcome["cut_tokens"] for outcome in outcomes),
+        **measures(outcomes),
+    }
+    if by_category:
+        result["categories"] = {name: {"records": len(own), **measures(own)} for name, own in sorted(by_category.items())}
+    return result
 
 
 def joined(context: str, text: str) -> str:

@@ -187,6 +187,11 @@ def _compiled(
     return jax.jit(jax.shard_map(local, mesh=placement.mesh, in_specs=in_specs, out_specs=rows))
 
 
+def hidden_layer(params: Any, bias_E: Any, x_BTD: Array, config: ModelConfig, placement: Placement | None) -> Array:
+    """For `run_layer`: a block of which nothing but the hidden states is wanted."""
+    return block(params, bias_E, x_BTD, score_context(x_BTD, config, placement), config)[0]
+
+
 def run_layer(function: Callable[..., Any], params: Any, bias_E: Any, *inputs: Array, supply: Supply) -> Any:
     """One layer; on a mesh each device computes its own sequences."""
     stored = None

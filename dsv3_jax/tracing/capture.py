@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.score import Supply, check_tokens, final_norm, run_layer, score_context
+from dsv3_jax.inference.score import Supply, check_tokens, final_norm, hidden_layer, run_layer, score_context
 from dsv3_jax.interop.names import leaves
 from dsv3_jax.interop.read import load_bias, read_tree
 from dsv3_jax.interop.source import Source
@@ -137,7 +137,7 @@ class ByLayer:
         x_BTD = jnp.asarray(supply.embedding(tokens_BT), jnp.dtype(config.compute_dtype))
         for params, bias_E in supply.layers():
             if bias_E is None:
-                x_BTD = run_layer(_dense, params, bias_E, x_BTD, supply=supply).x_BTD
+                x_BTD = run_layer(hidden_layer, params, bias_E, x_BTD, supply=supply)
             else:
                 found = run_layer(one.block, params, bias_E, x_BTD, jnp.asarray(next(forced)), supply=supply)
                 x_BTD = found.x_BTD
@@ -207,10 +207,6 @@ def _kept(routing: Routing, bias_E: Array, config: ModelConfig, scores: bool) ->
 class _Layer(NamedTuple):
     x_BTD: Array
     kept: _Kept | None
-
-
-def _dense(params: Any, bias_E: None, x_BTD: Array, config: ModelConfig, placement: Placement | None) -> _Layer:
-    return _Layer(block(params, bias_E, x_BTD, score_context(x_BTD, config, placement), config)[0], None)
 
 
 class _OneLayer:
