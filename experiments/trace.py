@@ -28,9 +28,10 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.precision import SERVING
 from dsv3_jax.inference.score import InMemory, Streamed
 from dsv3_jax.inference.text import folder_tokenizer
+from dsv3_jax.interop.digest import model_digest
 from dsv3_jax.interop.read import load_bias, load_parameters
 from dsv3_jax.interop.source import Source, open_source
-from dsv3_jax.tracing.capture import ByLayer, Tracer, Whole, check_replay, has_groups, model_digest, trace
+from dsv3_jax.tracing.capture import ByLayer, Tracer, Whole, check_replay, has_groups, trace
 from dsv3_jax.tracing.store import RoutingTrace, Text, Writer, about_model, open_trace
 from dsv3_jax.tracing.text import data_of, read_text
 from experiments import _cli
@@ -77,7 +78,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         raise ValueError(f"--checkpoint: {values.checkpoint} has no layer with a router")
     if values.fp8:
         source = source._replace(config=dataclasses.replace(source.config, fp8=SERVING))
-    model = model_digest(source)
+    model = model_digest(source.tensors)
     forced, batch_tokens = None, values.batch_tokens
     if values.replay:
         forced = open_trace(values.replay)

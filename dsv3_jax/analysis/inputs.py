@@ -1,7 +1,6 @@
 """What a notebook is given by the environment: named folders; records and checkpoints of the training runs in them."""
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from jaxtyping import Float, Integer
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.interop.read import load_bias, load_parameters
+from dsv3_jax.interop.run_folder import steps_of
 from dsv3_jax.interop.source import open_source
 from dsv3_jax.model.module import Variables
 from dsv3_jax.settings import from_dict
@@ -89,12 +89,7 @@ def read_runs(setting: str, text: str) -> dict[str, Run]:
 def checkpoints(folder: str | Path) -> Iterator[tuple[int, Variables, ModelConfig]]:
     """Every complete checkpoint that a run has kept: step, parameters and bias in float32, and the model's configuration to
     compute in float32. One is read at a time. Raises ValueError, one line, for a damaged one; OSError."""
-    kept = Path(folder).absolute() / "checkpoints"
-    steps = sorted(int(path.name) for path in kept.iterdir() if path.name.isdecimal()) if kept.is_dir() else []
-    for step in steps:
-        with tempfile.TemporaryDirectory() as alone:  # what opens a run takes its newest checkpoint
-            (Path(alone) / "checkpoints").mkdir()
-            (Path(alone) / "checkpoints" / str(step)).symlink_to(kept / str(step), target_is_directory=True)
-            source = open_source(alone)
-            params = load_parameters(source.tensors, source.config, "float32")
-            yield step, Variables(params, load_bias(source.tensors, source.config)), source.config
+    for path in steps_of(folder):
+        source = open_source(path)
+        params = load_parameters(source.tensors, source.config, "float32")
+        yield int(path.name), Variables(params, load_bias(source.tensors, source.config)), source.config

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import Tokenizer
@@ -15,8 +14,9 @@ from dsv3_jax.inference import serving
 from dsv3_jax.inference.score import InMemory, Streamed, Supply
 from dsv3_jax.inference.talk import Speaker, open_speaker, speaker_of
 from dsv3_jax.inference.text import folder_tokenizer
+from dsv3_jax.interop.digest import model_digest
 from dsv3_jax.interop.read import Dtype, load_bias, load_parameters
-from dsv3_jax.interop.run_folder import RunFolder
+from dsv3_jax.interop.run_folder import RunFolder, is_run
 from dsv3_jax.interop.source import Source, open_source
 
 
@@ -67,7 +67,7 @@ class Subject:
     def about(self) -> dict[str, Any]:
         """JSON-able: which model this is, whatever it is asked."""
         return {
-            "model": model_hash(self.source),
+            "model": model_digest(self.source.tensors),
             "tokenizer": self.tokenizer_hash,
             "dtype": self.dtype,
             "window": self.window,
@@ -102,19 +102,4 @@ def open_subject(
 
 def _run_folder(source: Source) -> RunFolder | None:
     """Beneath what leaves the MTP modules out."""
-    if (source.folder / "checkpoints").is_dir():
-        return RunFolder(source.folder)
-    return None
-
-
-def model_hash(source: Source) -> str:
-    """SHA-256 of the tensors' names, shapes and dtypes, and of the values of all norms, biases and routers.
-
-    These are few and any training moves them; hashing all weights of a large model would take as long as evaluating it.
-    """
-    digest = hashlib.sha256()
-    for name, (dtype, shape) in source.tensors.entries.items():
-        digest.update(f"{name} {dtype} {list(shape)}\n".encode())
-        if len(shape) == 1 or name.endswith(".gate.weight"):
-            digest.update(np.ascontiguousarray(source.tensors.tensor(name)).tobytes())
-    return digest.hexdigest()
+    return RunFolder(source.folder) if is_run(source.folder) else None

@@ -1,4 +1,4 @@
-"""The newest checkpoint of a training run, met under released names: what reads a released folder reads a run too."""
+"""A checkpoint of a training run, met under released names: what reads a released folder reads a run too."""
 
 import json
 import math
@@ -17,21 +17,21 @@ from dsv3_jax.interop.names import Leaf, bias_names, copies, leaves
 from dsv3_jax.settings import from_dict
 
 BIAS = "bias"
+CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
-    """Opens a run's folder, or its `checkpoints`: reads the configuration of the newest complete checkpoint, no array.
+    """Opens a run's folder or its `checkpoints`, of which the newest complete one is taken, or one step's folder in there:
+    reads the configuration, no array.
 
     `average` takes the exponential average of the weights instead. Raises ValueError, one line, if there is none.
     """
 
     def __init__(self, folder: str | Path, *, average: bool = False):
-        folder = Path(folder).absolute()
-        checkpoints = folder if folder.name == "checkpoints" else folder / "checkpoints"
-        steps = [p for p in checkpoints.iterdir() if p.name.isdecimal()] if checkpoints.is_dir() else []
+        steps = steps_of(folder)
         if not steps:
             raise ValueError(f"{folder}: expected a run with a complete checkpoint, found none")
-        self.folder = max(steps, key=lambda path: int(path.name))
+        self.folder = steps[-1]
         self._item = self.folder / ("ema" if average else "state")
         if not self._item.is_dir():
             raise ValueError(f"{self.folder}: has no {self._item.name}; {'the run kept no average' if average else 'damaged'}")
@@ -45,6 +45,10 @@ class RunFolder:
     @property
     def where(self) -> str:
         return str(self.folder)
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder.parent.parent
 
     @cached_property
     def _places(self) -> dict[str, tuple[Leaf, tuple[int, ...]]]:
@@ -82,6 +86,26 @@ class RunFolder:
     @cache  # noqa: B019  as long as the folder is in use
     def _dtype(self, path: str) -> np.dtype:
         return opened(self._item, self._prefix + path).dtype.numpy_dtype
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether this is what a `RunFolder` opens, and no released folder."""
+    folder = Path(folder).absolute()
+    return (folder / CHECKPOINTS).is_dir() or CHECKPOINTS in (folder.name, _step_s_parent(folder))
+
+
+def _step_s_parent(folder: Path) -> str | None:
+    return folder.parent.name if folder.name.isdecimal() else None
+
+
+def steps_of(folder: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, of its folder of checkpoints, or of one of them: in the order of steps."""
+    folder = Path(folder).absolute()
+    if _step_s_parent(folder) == CHECKPOINTS:
+        return [folder]
+    checkpoints = folder if folder.name == CHECKPOINTS else folder / CHECKPOINTS
+    found = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def opened(folder: Path, name: str) -> Any:

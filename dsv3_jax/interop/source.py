@@ -10,7 +10,7 @@ from dsv3_jax.interop.check import check_tensors
 from dsv3_jax.interop.config_json import model_config
 from dsv3_jax.interop.folder import CONFIG, ReleasedFolder, Tensors
 from dsv3_jax.interop.orbax_folder import TABLE, OrbaxFolder
-from dsv3_jax.interop.run_folder import RunFolder
+from dsv3_jax.interop.run_folder import RunFolder, is_run
 
 # In which the numbers are made, and not what they mean: config.json does not speak of these.
 NUMERICS: dict[str, Any] = {"remat": "none", "fp8": None} | {
@@ -19,7 +19,8 @@ NUMERICS: dict[str, Any] = {"remat": "none", "fp8": None} | {
 
 
 class Source(NamedTuple):
-    """`tensors` by released name, checked against `config`; `config_json` where there is one; files beside them in `folder`."""
+    """`tensors` by released name, checked against `config`; `config_json` where there is one; `folder` holds them,
+    and what else there is of the model."""
 
     tensors: Tensors
     config: ModelConfig
@@ -31,14 +32,16 @@ def open_source(folder: str | Path, *, compute_dtype: str = "float32", mtp: bool
     """Opens and checks a checkpoint; reads headers and scales, no weight.
 
     `compute_dtype` is what the configuration says to compute in. Without `mtp` the MTP modules are left out. `average` takes a
-    run's averaged weights. Raises ValueError, one line with file and tensor, for anything that is not as it should be.
+    run's averaged weights; RUN/checkpoints/STEP is a run as it was then. Raises ValueError, one line with file and tensor, for
+    anything that is not as it should be.
     """
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"{folder}: expected a checkpoint's folder, got {'a file' if path.exists() else 'nothing'}")
     tensors: Any
-    if (path / "checkpoints").is_dir() or path.name == "checkpoints":
+    if is_run(path):
         tensors, released = RunFolder(path, average=average), None
+        path = tensors.run_folder
         config = dataclasses.replace(tensors.run.model, param_dtype=compute_dtype, compute_dtype=compute_dtype, **NUMERICS)
     else:
         if average:

@@ -4,7 +4,6 @@ Every pass takes experts to use, with none where the router is free: a pass and 
 bitwise the same numbers on the same mesh and batch. Gates are always the router's own, so that its gradient is kept.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +17,6 @@ from tqdm import tqdm
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.score import Supply, check_tokens, final_norm, hidden_layer, run_layer, score_context
-from dsv3_jax.interop.names import leaves
-from dsv3_jax.interop.read import load_bias, read_tree
-from dsv3_jax.interop.source import Source
 from dsv3_jax.model.mtp import all_layers, module, mtp_forward
 from dsv3_jax.model.transformer import block, forward, make_context
 from dsv3_jax.moe.router import SELECTORS, Routing, group_limited
@@ -280,7 +276,7 @@ def replayed(tracer: Tracer, forced: RoutingTrace, batch_tokens: int | None = No
 
 
 def check_replay(forced: RoutingTrace, config: ModelConfig, model: str | None = None) -> None:
-    """Raises ValueError, one line, for a trace of another architecture, or, where `model` is given, of other routers."""
+    """Raises ValueError, one line, for a trace of another architecture, or, where `model` is given, of other weights."""
     about = forced.about
     ours = about_model(config, model="", tokenizer=None, domains=(), source="", batch_tokens=0, how={})
     if about.architecture != ours.architecture:
@@ -289,15 +285,3 @@ def check_replay(forced: RoutingTrace, config: ModelConfig, model: str | None = 
         raise ValueError(f"--replay: expected a trace of this model's architecture, got one with {said}")
     if model is not None and about.model != model:
         raise ValueError("--replay: the trace is of other weights of this architecture; --other_model lets it be")
-
-
-def model_digest(source: Source) -> str:
-    """SHA-256 of all routers' matrices and biases: small, and what decides the experts."""
-    digest, tree = hashlib.sha256(np.asarray(load_bias(source.tensors, source.config)).tobytes()), leaves(source.config)
-    gates = [tree[name]["block" if name == "mtp" else "mlp"] for name in ("moe_layers", "mtp") if name in tree]
-    sizes = source.config.n_main_moe_layers, source.config.num_nextn_predict_layers
-    for stack, n in zip(gates, [size for size in sizes if size], strict=True):
-        leaf = (stack["mlp"] if "mlp" in stack else stack)["gate"]
-        for i in range(n):
-            digest.update(np.asarray(read_tree(source.tensors, leaf.at_layer(i), "float32")).tobytes())
-    return digest.hexdigest()

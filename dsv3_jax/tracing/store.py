@@ -61,7 +61,7 @@ class About:
     """What `trace.json` holds."""
 
     config: Mapping[str, Any]  # of the model, as `ModelConfig` has it
-    model: str  # digest of the routers' weights and biases
+    model: str  # digest of all tensors, `interop.digest`
     tokenizer: str | None  # digest of tokenizer.json
     layers: tuple[str, ...]  # of L: "3" is the main model's layer 3, "mtp 1" the first MTP module
     n_experts: int

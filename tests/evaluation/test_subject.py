@@ -23,11 +23,11 @@ def changed(source, folder, name):
     return open_subject(folder)
 
 
-def test_the_hash_is_of_the_norms_and_routers_and_of_the_tensors_names(folder, subject, tmp_path):
+def test_a_model_is_told_from_one_with_another_weight(folder, subject, tmp_path):
     about = subject.about()
     assert about == open_subject(folder).about() and about["window"] == WINDOW and about["dtype"] == "float32"
     last = f"model.layers.{released()['num_hidden_layers'] - 1}."
-    for i, name in enumerate(("model.norm.weight", last + "mlp.gate.weight", last + "mlp.gate.e_score_correction_bias")):
+    for i, name in enumerate(("model.norm.weight", last + "self_attn.o_proj.weight", last + "mlp.experts.0.up_proj.weight")):
         other = changed(folder, tmp_path / str(i), name).about()
         assert other["model"] != about["model"] and other["tokenizer"] == about["tokenizer"]
 

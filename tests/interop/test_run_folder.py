@@ -22,6 +22,17 @@ def test_the_parameters_of_a_run_are_those_of_its_newest_checkpoint(run):
     check_same_parameters(load(run.workdir / "checkpoints").params, loaded.params)
 
 
+def test_a_step_of_a_run_is_taken_by_its_folder(run, monkeypatch):
+    zeros = load(run.workdir / "checkpoints" / "2").params
+    check_same_parameters(zeros, jax.tree.map(np.zeros_like, run.params))
+    monkeypatch.chdir(run.workdir / "checkpoints")
+    source = open_source("10")
+    check_same_parameters(load("10").params, run.params)
+    assert source.folder == run.workdir and source.tensors.run_folder == run.workdir
+    with pytest.raises(ValueError, match="3: expected a checkpoint's folder, got nothing"):
+        open_source("3")
+
+
 def test_the_average_of_a_run_is_loaded_on_request(run):
     check_same_parameters(load(run.workdir, average=True).params, jax.tree.map(lambda p: p * np.float32(0.5), run.params))
 
