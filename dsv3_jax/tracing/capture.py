@@ -35,12 +35,13 @@ class Batch(NamedTuple):
 
 
 def batches(text: Text, batch_tokens: int, ranks: int = 1) -> list[Batch]:
-    """Sequences of about the same length together, about `batch_tokens` in a pass, as many rows for each of `ranks`, at least
-    one; a few shapes, and in order."""
+    """Sequences of about the same length together, about `batch_tokens` in a pass, or all of them where they are fewer; as many
+    rows for each of `ranks`, at least one; a few shapes, and in order."""
     lengths = 1 << np.ceil(np.log2(np.maximum(text.lengths, SHORTEST))).astype(np.int64)
     found = []
     for length in np.unique(lengths).tolist():
-        members, rows = np.flatnonzero(lengths == length), ranks * max(1, batch_tokens // (length * ranks))
+        members = np.flatnonzero(lengths == length)
+        rows = ranks * min(max(1, batch_tokens // (length * ranks)), -(-len(members) // ranks))
         found += [Batch(tuple(members[i : i + rows].tolist()), rows, length) for i in range(0, len(members), rows)]
     return found
 

@@ -54,8 +54,9 @@ def test_batches_have_every_sequence_once_in_few_shapes():
     for batch in found:
         lengths = text.lengths[list(batch.sequences)]
         assert lengths.max() <= batch.length < 2 * max(lengths.min(), 16) and len(batch.sequences) <= batch.rows
-        assert batch.rows == max(1, 64 // batch.length)
-    assert len({(batch.rows, batch.length) for batch in found}) == 2
+    assert [(batch.rows, batch.length) for batch in found] == [(3, 16), (2, 32)]
+    assert [(len(batch.sequences), batch.rows) for batch in batches(text, 32)] == [(2, 2), (1, 2), (1, 1), (1, 1)]
+    assert [(batch.rows, batch.length) for batch in batches(text, 10**6)] == [(3, 16), (2, 32)], "nothing for nobody"
     assert {batch.rows for batch in batches(text, 64, ranks=3)} == {3}
 
 
