@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,22 +28,36 @@ from dsv3_jax.training.journal import write_json
 from experiments import _cli, compare
 
 OBSERVED = "observed.json"  # in a run's folder: what its ablation measured of it
-TITLES = {"loss": "validation loss, nats per token", "train_loss": "loss at training's end, nats per token"}
+# What `measures` gives of every run, with units; ALWAYS is shown by every ablation.
+TITLES = {
+    "loss": "validation loss, nats per token",
+    "train_loss": "loss at training's end, nats per token",
+    "bits_per_byte": "validation bits per byte",
+    "max_vio": "MaxVio of batches, second half of training",
+    "max_vio_global": "MaxVio of all held-out text",
+    "domain_bits": "domain information, bits per choice",
+}
+ALWAYS = ("loss", "train_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """`arms(base)`: name -> configuration, the first is what others are compared with. `titles`: measure -> title with unit,
-    of those that are shown beside TITLES. `observe(folder, config)`: further measures of a finished run, computed once."""
+    """`arms(base)`: name -> configuration, the first is what others are compared with. `shows`: which of TITLES beside
+    ALWAYS. `observe(folder, config)`: further measures of a finished run, computed once, and `titles` of them with units."""
 
     name: str
     question: str
     arms: Callable[[Config], dict[str, Config]]
     claims: tuple[Claim, ...]
-    titles: Mapping[str, str]
+    shows: tuple[str, ...] = ()
+    titles: Mapping[str, str] = field(default_factory=dict)
     observe: Callable[[Path, Config], dict[str, float]] | None = None
     preset: str = "tiny"
     base: Mapping[str, Any] = field(default_factory=dict)  # settings of all arms, beneath those of --set
+
+    @property
+    def all_titles(self) -> dict[str, str]:
+        return {name: TITLES[name] for name in (*ALWAYS, *self.shows)} | dict(self.titles)
 
 
 def measures(folder: Path, config: Config) -> dict[str, float]:
@@ -115,18 +129,30 @@ def setting(name: str, question: str, command: str, plan: Mapping[str, Any], fol
     }
 
 
+def scores_of(
+    arms: Mapping[str, Config],
+    names: Iterable[str],
+    seeds: int,
+    workdir: Path,
+    more: Callable[[Path, Config], dict[str, float]] = lambda folder, config: {},
+) -> dict[str, list[dict[str, float]]]:
+    """Measures of the arms `names`, a seed each."""
+    found = {}
+    for arm in names:
+        runs = [compare.run_folder(arms, arm, seed, workdir) for seed in range(seeds)]
+        found[arm] = [measures(run, arms[arm]) | more(run, arms[arm]) for run in runs]
+    return found
+
+
 def result_of(
     ablation: Ablation, arms: Mapping[str, Config], plan: Mapping[str, Any], workdir: Path, command: str
 ) -> dict[str, Any]:
     """JSON-able: setting, every run's measures, differences from the first arm, and a verdict for each claim."""
-    scores: dict[str, list[dict[str, float]]] = {}
-    for arm, config in arms.items():
-        runs = [compare.run_folder(arms, arm, seed, workdir) for seed in range(plan["seeds"])]
-        scores[arm] = [measures(run, config) | observed(ablation, run, config) for run in runs]
+    scores = scores_of(arms, arms, plan["seeds"], workdir, functools.partial(observed, ablation))
     return {
         **setting(ablation.name, ablation.question, command, plan, compare.run_folder(arms, next(iter(arms)), 0, workdir)),
         "arms": {arm: count_parameters(config.model)._asdict() for arm, config in arms.items()},
-        "titles": TITLES | dict(ablation.titles),
+        "titles": ablation.all_titles,
         **comparison.differences(scores),
         "claims": [judge(claim, scores) for claim in ablation.claims if set(claim.arms) <= set(arms)],
     }

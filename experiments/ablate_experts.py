@@ -56,7 +56,7 @@ ABLATION = _ablation.Ablation(
     arms=arms,
     claims=CLAIMS,
     base={"num_nextn_predict_layers": 0},  # not what is asked, and half of a small model's time
-    titles={"max_vio_global": "MaxVio of all held-out text"},
+    shows=("max_vio_global",),
 )
 
 if __name__ == "__main__":

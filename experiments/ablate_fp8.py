@@ -120,14 +120,14 @@ def judged(arms: Mapping[str, Config], runs: Mapping[str, Any], plan: Mapping[st
     whole = [
         arm for arm in arms if all(r["validation"] and r["validation"]["raw"]["loss"]["all"] is not None for r in runs[arm])
     ]
-    folders = {arm: [compare.run_folder(arms, arm, seed, workdir) for seed in range(plan["seeds"])] for arm in whole}
-    scores = {arm: [_ablation.measures(run, arms[arm]) for run in of_arm] for arm, of_arm in folders.items()}
+    scores = _ablation.scores_of(arms, whole, plan["seeds"], workdir)
     claims = []
     if "fp8" in arms:
         gaps = [precision.loss_gap([a], [b])["mean"] for a, b in zip(runs["fp8"], runs["bf16"], strict=True)]
         claims = [judge(CLAIM, {"fp8": [{"gap": gap} for gap in gaps]})] if None not in gaps else []
     differences = comparison.differences(scores) if scores else {"baseline": None, "scores": {}, "differences": {}}
-    return {"titles": _ablation.TITLES, **differences, "claims": claims}
+    titles = {name: _ablation.TITLES[name] for name in _ablation.ALWAYS}
+    return {"titles": titles, **differences, "claims": claims}
 
 
 def main() -> int:

@@ -72,7 +72,7 @@ ABLATION = _ablation.Ablation(
     question="Does predicting a second token help to predict the first, and how many drafts are accepted?",
     arms=arms,
     claims=CLAIMS,
-    titles={"bits_per_byte": "validation bits per byte"},
+    shows=("bits_per_byte",),
     observe=acceptance,
 )
 

@@ -2,11 +2,11 @@
 
     python -m experiments.bench_stream [--preset=deepseek_v3_671b] [--layers=N] [--tokens=64] [--folder=DIR]
 
-Writes a released folder of the preset's model, FP8 blocks as they are released, whose matrices are holes in its files: zeros that
-take no space on the disk; embeddings, routers and their biases are random, so that every layer routes on its own. Then
-`experiments.trace --stream_layers` takes the trace of random tokens. `--layers`: only so many of the main model, the dense ones
-first, and no MTP module. One JSON line: seconds in all and of a layer, peak memory, bytes of the folder and of the largest layer.
-What a disk takes to read the bytes comes on top. 671B: under 5 GB of disk, and memory for one layer (11.5 GB) and some.
+Writes a released folder of the preset's model, FP8 blocks as they are released, whose matrices are holes in its files: zeros
+that take no space on the disk; embeddings, routers and their biases are random, so that every layer routes on its own. Then
+`experiments.trace --stream_layers` takes the trace of random tokens. `--layers`: only so many of the main model, the dense
+ones first, and no MTP module. One JSON line: seconds in all and of a layer, peak memory, bytes of the folder and of the largest
+layer. What a disk takes to read the bytes comes on top. 671B: 0.4 GB of disk, memory for one layer (11.5 GB) and some.
 """
 
 import contextlib

@@ -51,16 +51,15 @@ def test_every_value_name_shape_and_dtype_counts():
     assert model_digest(Held(turned)) == model_digest(Held(first)), "nor how a tensor lies in memory"
 
 
-def test_of_a_large_model_pieces_from_first_to_last_count(monkeypatch):
+def test_of_a_large_model_the_middle_of_each_tensor_counts(monkeypatch):
     monkeypatch.setattr(digest, "WHOLE", 1000)
     monkeypatch.setattr(digest, "PIECE", 64)
     first = some_tensors()
     ours = model_digest(Held(first))
     for name, array in first.items():
-        for place in (0, array.size - 1):
-            moved = array.copy()
-            moved.flat[place] += np.asarray(1, moved.dtype)
-            assert model_digest(Held(first | {name: moved})) != ours, (name, place)
+        moved = array.copy()
+        moved.flat[array.size // 2] += np.asarray(1, moved.dtype)
+        assert model_digest(Held(first | {name: moved})) != ours, name
         everywhere = (array.astype(np.float32) * 1.25).astype(array.dtype)
         assert model_digest(Held(first | {name: everywhere})) != ours
     between = first["b.weight"].copy()
