@@ -3,11 +3,12 @@
     python -m experiments.trace --checkpoint=DIR --data=embedded --out=TRACE [--stream-layers] [--max_tokens=1000000]
     python -m experiments.trace --checkpoint=DIR --replay=TRACE --out=TRACE2      # forced to TRACE's experts
 
-DIR: a released folder, one that `experiments.convert` wrote, or a training run's. `--data`: `embedded` (held-out documents of
-the corpus that comes with the package, with their domains), globs of .txt, .jsonl or .parquet files, or an .npy file of token
-ids [sequences, T]. TRACE holds for every token, in every MoE layer, MTP's too: the experts in order, their gates, the margin to
-the first one left out, the groups that were kept, with `--scores` all affinities; and token ids, documents, domains, and what
-model, tokenizer and text they are of. What a run has written when it is stopped is continued by the same command.
+DIR: a released folder, one that `experiments.convert` wrote, or a training run's (RUN/checkpoints/STEP: as it was then).
+`--data`: `embedded` (held-out documents of the corpus that comes with the package, with their domains), globs of .txt, .jsonl
+or .parquet files, or an .npy file of token ids [sequences, T]. TRACE holds for every token, in every MoE layer, MTP's too: the
+experts in order, their gates, the margin to the first one left out, the groups that were kept, with `--scores` all affinities;
+and token ids, documents, domains, and what model, tokenizer and text they are of. What a run has written when it is stopped is
+continued by the same command.
 
 `--stream-layers` reads one layer at a time: of a model larger than memory one layer and the activations of `--batch_tokens`
 tokens must fit, and it is read once for each batch. `dsv3_jax.tracing.store.open_trace` opens a trace; `experiments.trace_diff`
