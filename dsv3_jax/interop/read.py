@@ -3,6 +3,7 @@
 Beyond the arrays themselves memory for a block of one matrix is needed, whatever the model's size.
 """
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -119,6 +120,9 @@ def _stack_places(leaf: Leaf, index: Index) -> Any:
     starts = [part.start for part in index[: len(leaf.stack)]]
     sizes = [part.stop - part.start for part in index[: len(leaf.stack)]]
     for at in np.ndindex(*sizes):
+        # A program's arguments are let go of some time after its results are there, and what JAX shares with NumPy only when
+        # somebody collects: else half of one layer would still be held when the next is half read.
+        gc.collect(0)
         yield at, tuple(a + start for a, start in zip(at, starts, strict=True))
 
 
