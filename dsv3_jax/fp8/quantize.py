@@ -111,7 +111,9 @@ def quantise(x: Float[Array, "*stack M K"], how: Quantiser, before: Float[Array,
     """
     x = x.astype(jnp.float32)
     amax = _amax(x, how.tile)
-    scale = scale_of(amax if before is None else jnp.where(before > 0, before, amax), how)
+    if before is not None:  # what is not finite now must be seen, not saturated
+        amax = jnp.where((before > 0) & jnp.isfinite(amax), before, amax)
+    scale = scale_of(amax, how)
     values = rounded(x / _spread(scale, how.tile, x.shape[-2:]), how.form)
     return Quantised(values, scale, x.shape[-2:], how.tile, how.form)
 

@@ -104,7 +104,8 @@ class InMemory:
 class Streamed:
     """A supply from a folder; on a mesh every device reads its slice.
 
-    FP8 stays FP8, unless the mesh cuts within matrices; everything else is read as `dtype`.
+    FP8 stays FP8, unless the mesh cuts within matrices; everything else is read as `dtype`. Raises ValueError for such a mesh
+    if the model is to round activations, for which weights have to stay as they are stored.
     """
 
     def __init__(self, source: Tensors, config: ModelConfig, dtype: Dtype, placement: Placement | None = None):
@@ -112,6 +113,8 @@ class Streamed:
         self._leaves = leaves(config)
         self._bias = load_bias(source, config, placement)
         self._keep_fp8 = placement is None or not cuts_matrices(placement)
+        if config.fp8 and not self._keep_fp8:
+            raise ValueError("--fp8: expected a layout that only divides experts, got one that cuts matrices; leave one out")
 
     def embedding(self, tokens: Int[np.ndarray, "B T"]) -> np.ndarray:
         rows = self._source.tensor(self._leaves["embed_tokens"].template)[tokens]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.bits import bits_dtype
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.spec import Spec
 from dsv3_jax.model.transformer import block, block_spec, make_context
@@ -15,7 +16,8 @@ from dsv3_jax.remat import rematerialised
 
 
 def kept_per_token(config: ModelConfig, *, dense: bool, length: int = 1024) -> dict[str, float]:
-    """Bytes of a token that the layer keeps beside its input, by dtype; `uint8` holds FP8 and 12 bits, packed.
+    """Bytes of a token that the layer keeps beside its input, by dtype; `uint8` holds FP8 and 12 bits, packed, and `bfloat16`
+    also what is held as its bits.
 
     As much as a longer sequence adds, so that what does not grow with it (gaps between experts' rows) is left out.
     """
@@ -44,5 +46,6 @@ def _kept(config: ModelConfig, dense: bool, length: int) -> Counter[str]:
     made = {id(var): var.aval for var in jaxpr.outvars if not hasattr(var, "val") and id(var) not in given}
     total: Counter[str] = Counter()
     for aval in made.values():
-        total[str(aval.dtype)] += math.prod(aval.shape) * aval.dtype.itemsize
+        kind = jnp.dtype(jnp.bfloat16) if aval.dtype == bits_dtype(jnp.dtype(jnp.bfloat16)) else aval.dtype
+        total[str(kind)] += math.prod(aval.shape) * aval.dtype.itemsize
     return total

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.fp8.accumulate import Accumulation, product
+from dsv3_jax.fp8.delayed import Delayed
 from dsv3_jax.fp8.formats import E4M3, E5M2, E5M6, rounded
 from dsv3_jax.fp8.linear import Products, dgrad, fprop, keep, linear, wgrad
 from dsv3_jax.fp8.quantize import WHOLE, Quantised, Quantiser, quantise
@@ -221,3 +222,17 @@ def test_no_tokens_give_no_rows_and_a_gradient_of_zeros(kept):
     y, dx, dw = run(x, weight, dy, recipe(), keep(x, kept) if kept else None)
     assert y.shape == (0, 141) and dx.shape == (0, 150)
     np.testing.assert_array_equal(dw, np.zeros(weight.shape))
+
+
+def test_delayed_scales_are_each_operand_s_history_s_in_all_three_products():
+    whole = Quantiser(tile=(WHOLE, WHOLE), floor=1e-30)
+    how = Products(whole, whole, whole, whole, whole)
+    x, weight, dy = case()
+    amax = 1.75 * 2.0 ** np.array([3, 0, -2])  # scales are powers of two; W and dy saturate, x must not be scaled anew
+    history = jnp.stack([jnp.zeros(3), jnp.asarray(amax, jnp.float32)], axis=1)
+    y, pull_back = jax.vjp(lambda x, weight: linear(x, weight, how), x, Delayed(weight, history))
+    dx, dw = pull_back(dy)
+    pairs = zip(float64(x, weight, dy), amax, strict=True)
+    x8, w8, dy8 = (numpy_fp8.cast(a * (448 / most), E4M3) * (most / 448) for a, most in pairs)
+    for got, a, b in ((y, x8, w8), (dx, dy8, w8.T), (dw.weight, x8.T, dy8)):
+        assert (np.abs(np.asarray(got, np.float64) - a @ b) <= (a.shape[1] + 8) * FLOAT32 * (np.abs(a) @ np.abs(b))).all()

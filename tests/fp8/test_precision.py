@@ -7,7 +7,7 @@ import pytest
 from dsv3_jax.config import Fp8Recipe
 from dsv3_jax.fp8.accumulate import Accumulation
 from dsv3_jax.fp8.formats import E4M3, E5M2, E5M6
-from dsv3_jax.fp8.precision import LINEAR, attention_cache, products, swiglu_cache, table, wire
+from dsv3_jax.fp8.precision import LINEAR, SERVING, attention_cache, products, swiglu_cache, table, wire
 from dsv3_jax.fp8.quantize import WHOLE, Quantiser
 from dsv3_jax.presets import preset
 
@@ -112,3 +112,12 @@ def test_the_table_has_a_row_for_every_operation_and_says_what_products_says():
     assert rows["gate"].fprop == "float32" and rows["o_proj"].kept == "e5m6 1x128 2^n"
     plain = {row.operation: row for row in table(TINY)}
     assert set(plain) == set(rows) and plain["q_a_proj"].fprop == TINY.model.compute_dtype
+
+
+@pytest.mark.parametrize("operation", LINEAR)
+def test_serving_rounds_as_released_code_does(operation):
+    """Amax of at least 1e-4, no powers of two, nothing kept."""
+    model = replace(TINY.model, fp8=SERVING)
+    how = products(model, operation)
+    assert how.x == Quantiser(E4M3, (1, 128), False, 1e-4) and how.weight == Quantiser(E4M3, (128, 128), False, 1e-4)
+    assert attention_cache(model) is swiglu_cache(model) is None

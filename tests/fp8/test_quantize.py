@@ -134,6 +134,15 @@ def test_what_is_not_finite_makes_its_own_tile_nan_and_no_other(how, poison):
             assert np.isnan(got[part]).all() if holds_it else np.isfinite(got[part]).all()
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_delayed_scale_hides_nothing_that_is_not_finite(poison):
+    """It would saturate, the step count as sound, and its infinite magnitude make every later step NaN."""
+    x = np.ones((3, 5), np.float32)
+    x[1, 2] = poison
+    got = quantise(jnp.asarray(x), Quantiser(tile=(WHOLE, WHOLE)), jnp.float32(2.0))
+    assert np.isnan(got.astype(jnp.float32)).all()
+
+
 def same(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -1,12 +1,14 @@
 """Scores against stored outputs of another implementation: whole in memory, streamed, and on a mesh."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
+from dsv3_jax.fp8.precision import SERVING
 from dsv3_jax.inference.loaded import load
 from dsv3_jax.inference.score import Scores, Streamed, check_tokens, score, write_scores
 from dsv3_jax.interop.source import open_source
@@ -129,6 +131,15 @@ def test_bfloat16_is_near_and_streams_as_it_loads():
 
 
 MESHES = {"report": {}, "fully_sharded": {}, "tensor_expert": {"mesh_tensor": 2}}
+
+
+@pytest.mark.parametrize("layout", ["fully_sharded", "tensor_expert"])
+def test_a_mesh_that_cuts_matrices_does_not_serve_fp8_as_stored(layout):
+    source = open_source(DATA / "fp8")
+    config = replace(source.config, fp8=SERVING)
+    with pytest.raises(ValueError, match="--fp8: expected a layout that only divides experts, got one that cuts matrices"):
+        Streamed(source.tensors, config, "float32", placement_of(layout, config.n_routed_experts, **MESHES[layout]))
+    assert Streamed(source.tensors, config, "float32", placement_of("report", config.n_routed_experts)).placement
 
 
 @pytest.mark.slow

@@ -161,6 +161,10 @@ RECIPES = {
 TENSOR_CORE = {
     f"{fidelity}_{accumulator}": configured(accumulation=fidelity, accumulator=accumulator, power_of_two="everywhere")
     for fidelity, accumulator in (("promoted", "aligned"), ("tensor_core", "aligned"), ("tensor_core", "apart"))
+} | {
+    # A block of rows must hold whole intervals, though a tile is shorter; one scale a tensor follows when all is added up.
+    "promoted_short_tiles": configured(accumulation="promoted", tile=32, power_of_two="everywhere"),
+    "tensor_core_whole": configured(accumulation="tensor_core", scaling="tensor", power_of_two="everywhere"),
 }
 
 

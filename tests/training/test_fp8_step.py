@@ -214,3 +214,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(fp8, tmp_path):
         for name in ("whole", "parts")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_init_ulps_moves_every_initial_parameter_to_the_next_number_above():
+    plain, moved = (training.init_state(config_of(init_ulps=n)).params for n in (0, 1))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_array_equal(b, np.nextafter(np.asarray(a), np.float32(np.inf)))
