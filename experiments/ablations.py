@@ -10,6 +10,7 @@ Ctrl-C saves every run; `--resume` goes on, and is also how a longer list (`--on
 
 import importlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -169,8 +170,8 @@ def main() -> int:
     if count < 0 or flags.FLAGS.seeds < 1:
         raise ValueError(f"--workers, --seeds: expected 0 or more and at least 1, got {count} and {flags.FLAGS.seeds}")
     budget, fixed = flags.FLAGS.budget, "steps" in parse_settings(flags.FLAGS.set)
-    if not fixed and (budget is None or budget <= 0):
-        raise ValueError(f"--budget: expected minutes > 0 (or --set=steps=...), got {budget}")
+    if not fixed and (budget is None or not 0 < budget < math.inf):
+        raise ValueError(f"--budget: expected finite minutes > 0 (or --set=steps=...), got {budget}")
     if workdir.exists() and any(workdir.iterdir()) and not flags.FLAGS.resume:
         raise ValueError(f"{workdir} holds ablations already; add --resume to continue them, or take another --workdir")
     arms = {name: arms_of(name, base) for name in names}

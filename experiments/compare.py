@@ -12,6 +12,7 @@ Results: experiments/README.md.
 import contextlib
 import fcntl
 import json
+import math
 import re
 import shutil
 import sys
@@ -210,8 +211,8 @@ def planned_runs(
     settings, seeds, budget = parse_settings(flags.FLAGS.set), flags.FLAGS.seeds, flags.FLAGS.budget
     if seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {seeds}")
-    if "steps" not in settings and (budget is None or budget <= 0):
-        raise ValueError(f"--budget: expected minutes > 0 (or --set=steps=...), got {budget}")
+    if "steps" not in settings and (budget is None or not 0 < budget < math.inf):
+        raise ValueError(f"--budget: expected finite minutes > 0 (or --set=steps=...), got {budget}")
     given = {"arms": list(arms), "seeds": seeds, "config": to_dict(base), **options}
     with claimed(workdir / "plan.lock", wait=True):
         plan = read_plan(workdir, flags.FLAGS.resume, given)

@@ -70,17 +70,30 @@ def smallest_detectable(differences: Sequence[float], power: float = POWER, conf
 
 
 def judge(claim: Claim, scores: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """JSON-able: the claim, its arms' means, the difference with its interval, and the verdict. `scores`: arm -> per seed."""
+    """JSON-able: the claim, its arms' means, the difference with its interval, and the verdict. `scores`: arm -> per seed.
+
+    `not_finite`: of how many runs the measure is no finite number. With one such run nothing is resolved and what it enters is
+    None: the pairs without it would be a choice of seeds by their outcome.
+    """
     values = [score[claim.measure] for score in scores[claim.arm]]
     others = [claim.value] * len(values) if claim.than is None else [score[claim.measure] for score in scores[claim.than]]
     pairs = [a - b for a, b in zip(values, others, strict=True)]
-    mean, half_width, _ = paired_interval(pairs)
+    mean, half_width, detectable = None, None, None
+    if all(map(math.isfinite, pairs)):
+        mean, half_width, _ = paired_interval(pairs)
+        detectable = smallest_detectable(pairs)
     return {
         **dataclasses.asdict(claim),
-        "arm_mean": float(np.mean(values)),
-        "than_mean": float(np.mean(others)),
+        "arm_mean": _mean(values),
+        "than_mean": _mean(others),
         "mean": mean,
         "half_width_95": half_width,
-        "detectable": smallest_detectable(pairs),
-        "verdict": verdict_of(mean, half_width, claim),
+        "detectable": detectable,
+        "not_finite": sum(not math.isfinite(value) for value in (*values, *others)),
+        "verdict": "not resolved" if mean is None else verdict_of(mean, half_width, claim),
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """None where JSON has no number for it."""
+    return float(np.mean(values)) if all(map(math.isfinite, values)) else None

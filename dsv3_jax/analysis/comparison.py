@@ -1,6 +1,7 @@
 """Paired comparison of arms over seeds: an arm and the first arm see the same initialisation and data order under a seed, so
 their difference is free of both [the way of the report's ablations, §4.5]."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.analysis import figures
 from dsv3_jax.analysis.metrics import paired_interval, smooth
+from dsv3_jax.training.journal import finite
 
 MEASURES = {
     "bits_per_byte": "validation bits per byte",
@@ -19,35 +21,44 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # arm -> per seed {"validation
 
 
 def scores(run: Mapping[str, Any]) -> dict[str, float]:
-    """The measures of one run. Raises ValueError if its validation was not finite."""
+    """The measures of one run, NaN where its validation was not finite."""
     raw, records = run["validation"]["raw"], run["metrics"]
     late = records[len(records) // 2 :]
-    values = {
-        "bits_per_byte": raw["bits_per_byte"]["all"],
-        "loss": raw["loss"]["all"],
+    found = {name: raw[name]["all"] for name in ("bits_per_byte", "loss")}
+    return {
+        **{name: math.nan if value is None else value for name, value in found.items()},
         "max_vio": float(np.mean([r["max_vio_mean"] for r in late])),
     }
-    if None in values.values():
-        raise ValueError(f"a run's validation is not finite: {raw['loss']}")
-    return values
 
 
 def compare(runs: Runs) -> dict[str, Any]:
-    """JSON-able: every run's measures, and each later arm's paired differences from the first with their 95 % interval."""
-    return differences({arm: [scores(run) for run in of_arm] for arm, of_arm in runs.items()})
+    """JSON-able: every run's measures, and each later arm's paired differences from the first with their 95 % interval.
+
+    Raises ValueError if a run's validation was not finite.
+    """
+    by_arm = {arm: [scores(run) for run in of_arm] for arm, of_arm in runs.items()}
+    for arm, of_arm in by_arm.items():
+        for seed, score in enumerate(of_arm):
+            if not all(map(math.isfinite, score.values())):
+                raise ValueError(f"{arm}, seed {seed}: the run's validation is not finite: {score}; take a lower learning rate")
+    return differences(by_arm)
 
 
 def differences(by_arm: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """What `compare` gives, from measures of any names: arm -> per seed {measure: value}, the same measures everywhere."""
+    """What `compare` gives, from measures of any names: arm -> per seed {measure: value}, the same measures everywhere.
+
+    None is what is not finite, and what such a number enters.
+    """
     base, *others = by_arm
     found: dict[str, dict[str, Any]] = {}
     for arm in others:
         found[arm] = {}
         for measure in by_arm[base][0]:
             pairs = [a[measure] - b[measure] for a, b in zip(by_arm[arm], by_arm[base], strict=True)]
-            mean, half_width, _ = paired_interval(pairs)
-            found[arm][measure] = {"pairs": pairs, "mean": mean, "half_width_95": half_width}
-    return {"baseline": base, "scores": {arm: list(of_arm) for arm, of_arm in by_arm.items()}, "differences": found}
+            mean, half_width = paired_interval(pairs)[:2] if all(map(math.isfinite, pairs)) else (None, None)
+            found[arm][measure] = {"pairs": [finite(pair) for pair in pairs], "mean": mean, "half_width_95": half_width}
+    known = {arm: [{name: finite(value) for name, value in s.items()} for s in of_arm] for arm, of_arm in by_arm.items()}
+    return {"baseline": base, "scores": known, "differences": found}
 
 
 def table(result: Mapping[str, Any], measures: Mapping[str, str] = MEASURES) -> str:
@@ -58,9 +69,10 @@ def table(result: Mapping[str, Any], measures: Mapping[str, str] = MEASURES) -> 
     for measure, title in measures.items():
         lines += ["", title]
         for arm, values in result["scores"].items():
-            line = f"  {arm[:44]:<44}{np.mean([v[measure] for v in values]):>10.4f}"
-            if arm != base:
-                d = result["differences"][arm][measure]
+            own = [v[measure] for v in values]
+            line = f"  {arm[:44]:<44}" + ("not finite" if None in own else f"{np.mean(own):>10.4f}")
+            d = result["differences"][arm][measure] if arm != base else None
+            if d is not None and d["mean"] is not None:
                 line += f"   {d['mean']:+.4f}" + (f" +- {d['half_width_95']:.4f}" if d["half_width_95"] is not None else "")
             lines.append(line)
     return "\n".join(lines)
@@ -95,8 +107,16 @@ def draw(runs: Runs, result: Mapping[str, Any], measures: Mapping[str, str] | No
         for i, arm in enumerate(arms):
             d = result["differences"][arm][measure]
             colour = figures.style(i + 1)["color"]
-            ax.plot(d["pairs"], np.full(len(d["pairs"]), i) + 0.12, "o", color=colour, markerfacecolor="none", markersize=6)
-            ax.errorbar(d["mean"], i - 0.12, xerr=d["half_width_95"], fmt="s", color=colour, capsize=5, markersize=6)
+            ax.plot(
+                np.array(d["pairs"], float),
+                np.full(len(d["pairs"]), i) + 0.12,
+                "o",
+                color=colour,
+                markerfacecolor="none",
+                markersize=6,
+            )
+            if d["mean"] is not None:
+                ax.errorbar(d["mean"], i - 0.12, xerr=d["half_width_95"], fmt="s", color=colour, capsize=5, markersize=6)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set_yticks(range(len(arms)), arms)
         ax.set(ylim=(-0.6, len(arms) - 0.4), xlabel=f"arm - {result['baseline']}", title=f"Difference in {title}")

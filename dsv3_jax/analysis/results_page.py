@@ -12,23 +12,32 @@ HEAD = """# Results
 The report's claims at small scale: the same seeds and data for every arm, differences within a seed, Student's 95 % interval
 over seeds. *Reproduced*: the interval lies wholly where the claim says. *Contradicted*: wholly elsewhere. *Not resolved*: it
 reaches both; in brackets the smallest difference that as many seeds would have found in four cases of five. Each claim is
-judged by itself: where there is no difference at all, one interval in twenty excludes 0 by chance. This page is written by
-`python -m experiments.ablations`.
+judged by itself: where there is no difference at all, one interval in twenty excludes 0 by chance. The ablations are meant for
+five seeds; a verdict of fewer, which Student's interval allows for but which sees less, says so behind their number. A measure
+that is not finite in one run or more, as after a run that diverged, resolves nothing, and the number of these runs stands in
+its place. This page is written by `python -m experiments.ablations`.
 """
+SEEDS = 5  # of a verdict that stands without a remark
 
 
 def difference_text(claim: Mapping[str, Any]) -> str:
-    """`+0.0012 ± 0.0007`, and what could have been seen where nothing was resolved."""
+    """`+0.0012 ± 0.0007`, and what could have been seen where nothing was resolved; or of how many runs there is no number."""
     half, absolute = claim["half_width_95"], claim["than"] is None
-    text = number(claim["arm_mean"] if absolute else claim["mean"], signed=not absolute)
+    value = claim["arm_mean" if absolute else "mean"]
+    if value is None:
+        runs = claim["not_finite"]
+        return f"not finite in {runs} run{'s' * (runs != 1)}"
+    text = number(value, signed=not absolute)
     text += f" ± {number(half)}" if half is not None else ""
     if claim["verdict"] == "not resolved" and claim["detectable"] is not None:
         text += f" ({number(claim['detectable'])})"
     return text
 
 
-def number(value: float, signed: bool = False) -> str:
-    """With four digits behind the point where there is none before it, fewer for larger ones."""
+def number(value: float | None, signed: bool = False) -> str:
+    """With four digits behind the point where there is none before it, fewer for larger ones; None: there is none."""
+    if value is None:
+        return "not finite"
     digits = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 0
     return f"{value:+.{digits}f}" if signed else f"{value:,.{digits}f}"
 
@@ -45,8 +54,8 @@ def setting_text(result: Mapping[str, Any]) -> str:
 
 def size_text(result: Mapping[str, Any]) -> str:
     """How much a run read, and how often the same."""
-    epochs = result["tokens"] / result["corpus"]["train_tokens"]
-    return f"`{result['preset']}`, {result['tokens'] / 1e6:.1f}M tokens, {epochs:.1f} epochs, {result['seeds']} seeds"
+    epochs, seeds = result["tokens"] / result["corpus"]["train_tokens"], f"{result['seeds']} seed{'s' * (result['seeds'] != 1)}"
+    return f"`{result['preset']}`, {result['tokens'] / 1e6:.1f}M tokens, {epochs:.1f} epochs, {seeds}"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -57,9 +66,9 @@ def verdicts(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """One row a claim and preset."""
     lines = [_row(["claim", "measured", "the report", "verdict", "at"]), _row(["---"] * 5)]
     for result in results:
+        at = size_text(result) + f" (fewer than {SEEDS})" * (result["seeds"] < SEEDS)
         for claim in result["claims"]:
-            cells = [claim["text"], difference_text(claim), claim["report"], f"**{claim['verdict']}**", size_text(result)]
-            lines.append(_row(cells))
+            lines.append(_row([claim["text"], difference_text(claim), claim["report"], f"**{claim['verdict']}**", at]))
     return lines
 
 
@@ -71,9 +80,9 @@ def section(result: Mapping[str, Any], figure: str | None) -> list[str]:
     for arm, of_arm in scores.items():
         counts, cells = result["arms"][arm], []
         for measure in titles:
-            cell = number(float(np.mean([score[measure] for score in of_arm])))
-            if arm != base:
-                d = result["differences"][arm][measure]
+            cell = number(_mean([score[measure] for score in of_arm]))
+            d = result["differences"][arm][measure] if arm != base else None
+            if d is not None and d["mean"] is not None:
                 cell += f" ({number(d['mean'], signed=True)}"
                 cell += f" ± {number(d['half_width_95'])})" if d["half_width_95"] is not None else ")"
             cells.append(cell)
@@ -83,13 +92,23 @@ def section(result: Mapping[str, Any], figure: str | None) -> list[str]:
     for arm, of_arm in scores.items():
         further = [name for name in of_arm[0] if name not in shown and name not in scores[base][0]]
         if further:
-            values = {name: paired_interval([score[name] for score in of_arm]) for name in further}
-            parts = [
-                f"{name} {number(v.mean)}" + (f" ± {number(v.half_width)}" if v.half_width else "")
-                for name, v in values.items()
-            ]
+            parts = [f"{name} {_interval([score[name] for score in of_arm])}" for name in further]
             lines += ["", f"Of {arm}: {'; '.join(parts)}."]
     return [*lines, "", *([f"![{result['question']}]({figure})", ""] if figure else [])]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if one of them is: a number that was not finite."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _interval(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return number(None)
+    mean, half_width, _ = paired_interval(known)
+    return number(mean) + (f" ± {number(half_width)}" if half_width else "")
 
 
 def page(results: Sequence[Mapping[str, Any]], figures: Mapping[str, str]) -> str:

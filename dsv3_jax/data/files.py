@@ -87,6 +87,10 @@ def _parsed(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{path}, line {number}: brackets within brackets, too deep to be read") from None
+    except ValueError:
+        raise ValueError(f"{path}, line {number}: expected numbers of at most 4,300 digits, got more") from None
 
 
 def _fields(place: str, record: Any, data: DataConfig, path: Path) -> tuple[str, str]:

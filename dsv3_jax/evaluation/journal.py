@@ -30,7 +30,7 @@ class Results:
         try:
             content = json.loads(self._path.read_text())
             tasks, before = content[TASKS], {name: content.get(name) for name in about}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{self._path}: not what an evaluation wrote; remove it or name another folder in --out") from None
         _check_same(before, about, f"{self._path} is of another evaluation", "name another folder in --out")
         self._content[TASKS] = tasks
@@ -82,7 +82,7 @@ class Journal:
             try:
                 record = json.loads(line)
                 self.finished[int(record["record"])] = record
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 raise ValueError(f"{path}, line {number}: not a finished record; remove the line or the file") from None
         if len(whole) < len(lines):
             write_text(path, "".join(whole))

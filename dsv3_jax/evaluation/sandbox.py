@@ -3,14 +3,16 @@
 What it is: protection from a model's mistakes, such as endless loops, floods of memory, output or processes, and stray
 deletions. The process is a new session in an empty temporary folder with an empty environment; where the system permits it
 has its own user, network and process namespaces, so that there is no network to reach and nothing outlives it. Besides, an
-audit hook refuses sockets, new processes, signals, foreign libraries, and writing outside of the folder, before the program's
-first line runs.
+audit hook refuses sockets, new processes, signals, foreign libraries, databases, and changing anything outside of the folder,
+before the program's first line runs; what the hook would not hear, such as `os.mkfifo`, is taken away. No function takes a
+folder's descriptor (`dir_fd`).
 
 What it is not: a security boundary. The program may read what this user may read, and code that is written to get out of a
 Python process gets out. Run models that you do not trust in a virtual machine.
 """
 
 import json
+import math
 import os
 import secrets
 import signal
@@ -27,13 +29,17 @@ MOST_SAID = 4096  # bytes of a verdict
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program."""
+    """Of one program. Raises ValueError, one line, for seconds that never end."""
 
     seconds: float = 5.0  # by the clock; of processor time the same, rounded up
     memory_mb: int = 1024  # of address space
     file_mb: int = 1  # largest file
     open_files: int = 64
     namespaces: bool = True  # where the system permits
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"a program's timeout: expected finite seconds > 0, got {self.seconds}")
 
 
 class Verdict(NamedTuple):

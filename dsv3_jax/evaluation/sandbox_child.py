@@ -12,15 +12,31 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 
 NEW_USER, NEW_NET, NEW_PID, NEW_IPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
 PR_SET_PDEATHSIG = 1
 # Events of the interpreter that no program of a benchmark has a use for.
 REFUSED = (
     "socket.", "subprocess.", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill", "pty.",
-    "ctypes.", "signal.pthread_kill", "os.chmod", "os.chown", "os.link", "os.symlink", "resource.", "syslog.",
+    "ctypes.", "signal.pthread_kill", "os.chmod", "os.chown", "os.link", "os.symlink", "os.setxattr", "os.removexattr",
+    "os.chflags", "fcntl.ioctl", "resource.", "syslog.",
+    "sqlite3.",  # SQL opens further files, and no event says so
+    "cpython.PyInterpreterState_New",  # it would have no hook
 )  # fmt: skip
-CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.utime", "shutil.")  # of what is outside
+# Of events that change files: which of their arguments are paths, and which folders that these are relative to.
+CHANGES = {
+    "os.remove": ((0,), (1,)), "os.rmdir": ((0,), (1,)), "os.mkdir": ((0,), (2,)), "os.rename": ((0, 1), (2, 3)),
+    "os.truncate": ((0,), ()), "os.utime": ((0,), (3,)),
+}  # fmt: skip
+# What reaches files or other processes without an event: functions, and modules around libraries.
+UNHEARD = {
+    "os": ("mkfifo", "mknod", "chroot", "setpriority", "sched_setaffinity", "sched_setparam", "sched_setscheduler"),
+    "signal": ("pidfd_send_signal",),
+}
+LIBRARIES = (
+    "ctypes", "_ctypes", "_posixsubprocess", "_posixshmem", "_multiprocessing", "_dbm", "_gdbm", "_tkinter", "readline",
+)  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -86,8 +102,9 @@ def run(program: str) -> str:
     """`passed`, or `failed: ` and the error."""
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
     sys.stdin = open(os.devnull)
-    for name in ("ctypes", "_ctypes", "resource"):  # what could undo the limits is to be imported anew, which is heard
+    for name in (*LIBRARIES, "resource"):  # what could undo the limits is to be imported anew, which is heard
         sys.modules.pop(name, None)
+    take_away()
     refuse(os.path.realpath(os.getcwd()))
     names = {"__name__": "__main__"}
     try:
@@ -97,27 +114,57 @@ def run(program: str) -> str:
     return "passed"
 
 
+def take_away() -> None:
+    """Of what no hook hears, the functions; in the module that is written in C too, from which others import them."""
+    for module, names in UNHEARD.items():
+        for name in names:
+            for place in (sys.modules[module], sys.modules["posix" if module == "os" else "_signal"]):
+                if hasattr(place, name):
+                    setattr(place, name, refusing(f"{module}.{name}"))
+    os.supports_dir_fd.clear()  # so that `shutil` names what it removes by paths
+
+
+def refusing(name: str) -> Callable[..., object]:
+    def refused(*arguments: object, **named: object) -> None:
+        raise PermissionError(f"the program may not do this: {name}")
+
+    return refused
+
+
 def refuse(folder: str) -> None:
     """From now on what could reach out of this process raises PermissionError. A hook cannot be taken out again."""
     inside = folder + os.sep
 
     def outside(path: object) -> bool:
+        """Either the entry itself, which is what is removed or renamed, or what it leads to."""
         if isinstance(path, bytes):
             path = os.fsdecode(path)
         if not isinstance(path, str):
             return True  # a descriptor
-        real = os.path.realpath(path)
-        return real != os.devnull and not real.startswith(inside)
+        entry = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        return not (entry.startswith(inside) and os.path.realpath(path).startswith(inside))
+
+    def check_open(path: int | str | bytes, mode: str | None, flags: int) -> None:
+        if isinstance(path, int):
+            return
+        path = os.fsdecode(path)
+        if flags & WRITING or set(mode or "") & set("wax+"):
+            # Of folders that opens nothing but temporary files without a name.
+            if os.path.realpath(path) not in (os.devnull, folder) and outside(path):
+                raise PermissionError(f"the program may not write {path!r}")
+        elif mode is None and os.path.isdir(path):  # `os.open`, which does not say what a path is relative to
+            raise PermissionError(f"the program may not open the folder {path!r}")
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
-            path, mode, flags = arguments
-            writes = bool(flags & WRITING) if isinstance(flags, int) else bool(set(mode or "") & set("wax+"))
-            if writes and not isinstance(path, int) and outside(path):
-                raise PermissionError(f"the program may not write {path!r}")
-        elif event.startswith(REFUSED) or (event.startswith(CHANGES) and outside(arguments[0])):
+            check_open(*arguments)
+        elif event in CHANGES:
+            paths, folders = CHANGES[event]
+            if any(outside(arguments[i]) for i in paths) or any(arguments[i] not in (-1, None) for i in folders):
+                raise PermissionError(f"the program may not do this: {event}")
+        elif event.startswith(REFUSED):
             raise PermissionError(f"the program may not do this: {event}")
-        elif event == "import" and arguments[0].partition(".")[0] in ("ctypes", "_ctypes", "_posixsubprocess"):
+        elif event == "import" and arguments[0].partition(".")[0] in LIBRARIES:
             raise ImportError(f"the program may not import {arguments[0]}")  # as libraries expect where it is missing
 
     sys.addaudithook(hook)

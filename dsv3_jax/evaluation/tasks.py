@@ -9,6 +9,7 @@ Both may have "category". Other fields are left alone. A file holds records of o
 import hashlib
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def read_task(path: str | Path, *, shots: int = 0, shots_file: str | Path | None
     """A file's records; `shots` examples before each, from `shots_file` or the first records, which are then not asked.
 
     `limit`: only so many records. Raises ValueError, one line with file and line, for a file that is not there or empty, what
-    is no JSON or no record, an answer that is no index of the choices, records of different kinds, and too few of them.
+    is no JSON or no record, brackets too deep or numbers too long for Python, an answer that is no index of the choices,
+    records of different kinds, and too few of them.
     """
     path = Path(path)
     records, digest = _records(path, "--tasks")
@@ -131,28 +133,39 @@ def _records(path: Path, flag: str) -> tuple[Sequence[Any], str]:
         raise ValueError(f"{flag}: no file {path}; expected bits_per_byte, humaneval or a .jsonl file")
     raw = path.read_bytes()
     try:
-        lines = raw.decode().split("\n")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: expected UTF-8, got byte 0x{raw[error.start]:02x}") from None
+        lines = raw.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:  # its object is what comes behind a byte order mark
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: expected UTF-8, got byte 0x{error.object[error.start]:02x}") from None
     records: list[Any] = []
     for line, text in enumerate(lines, 1):
         if not text.strip():
             continue
         place = f"{path}, line {line}"
         try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{place}: expected an object, got {type(fields).__name__}")
-        record = _choice(place, len(records), fields) if "choices" in fields else _exact(place, len(records), fields)
+            record = _record(place, len(records), text)
+        except RecursionError:
+            raise ValueError(
+                f"{place}: brackets within brackets, too deep to be read; expected texts and lists of them"
+            ) from None
         if records and type(record) is not type(records[0]):
             raise ValueError(f"{place}: expected a record of the same kind as the first one; put the two kinds in two files")
         records.append(record)
     if not records:
         raise ValueError(f"{path}: the file has no record; expected one JSON object a line")
     return records, hashlib.sha256(raw).hexdigest()
+
+
+def _record(place: str, number: int, text: str) -> Choice | Exact:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError:  # Python's limit, not JSON's
+        raise ValueError(f"{place}: expected numbers of at most {sys.get_int_max_str_digits():,} digits, got more") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}: expected an object, got {type(fields).__name__}")
+    return _choice(place, number, fields) if "choices" in fields else _exact(place, number, fields)
 
 
 def _choice(place: str, number: int, fields: dict[str, Any]) -> Choice:
@@ -183,7 +196,7 @@ def _exact(place: str, number: int, fields: dict[str, Any]) -> Exact:
     if regex is not None:
         try:
             re.compile(_text(place, fields, "regex"))
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise ValueError(f"{place}: regex is none: {error}") from None
     return Exact(number, _text(place, fields, "prompt"), answers, _category(place, fields), stop, most, regex)
 

@@ -1,5 +1,8 @@
 """A verdict is the interval's and nothing else's; what could have been detected is detected as often as it says."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -61,6 +64,24 @@ def test_differences_are_paired_by_seed_and_absolute_claims_are_of_the_arm_alone
     alone = judge(Claim(text="t", measure="loss", arm="a", expects="equal", value=3.0, within=100.0), scores)
     assert alone["mean"] == pytest.approx(0.0) and alone["arm_mean"] == pytest.approx(3.0) and alone["than"] is None
     assert alone["verdict"] == "reproduced"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_run_that_is_not_finite_resolves_nothing_and_is_counted_in_json(bad):
+    scores = {"a": [{"loss": 1.0}, {"loss": bad}, {"loss": 1.0}], "b": [{"loss": 9.0}, {"loss": bad}, {"loss": 9.1}]}
+    found = judge(claim("lower"), scores)
+    assert found["verdict"] == "not resolved" and found["not_finite"] == 2
+    assert [found[name] for name in ("arm_mean", "than_mean", "mean", "half_width_95", "detectable")] == [None] * 5
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    scores["b"][1] = {"loss": 9.2}
+    found = judge(claim("lower"), scores)
+    assert found["not_finite"] == 1 and found["arm_mean"] is None and found["than_mean"] == pytest.approx(9.1)
+    alone = judge(Claim(text="t", measure="loss", arm="a", expects="lower", value=5.0), scores)
+    assert (alone["not_finite"], alone["arm_mean"], alone["mean"], alone["than_mean"]) == (1, None, None, 5.0)
+    assert alone["verdict"] == "not resolved"
+    scores["a"][1] = {"loss": 1.0}
+    found = judge(claim("lower"), scores)
+    assert found["not_finite"] == 0 and found["verdict"] == "reproduced"
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10])

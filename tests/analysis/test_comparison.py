@@ -1,9 +1,12 @@
 """Paired differences: what both arms share cancels."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 
-from dsv3_jax.analysis.comparison import compare, draw, table
+from dsv3_jax.analysis.comparison import MEASURES, compare, differences, draw, scores, table
 from dsv3_jax.analysis.figures import save
 
 
@@ -46,3 +49,18 @@ def test_table_and_figure_show_every_arm_also_with_one_seed(tmp_path):
 def test_a_run_without_a_finite_validation_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         compare({"a": [run(None, 0.1)], "b": [run(1.0, 0.1)]})
+
+
+def test_differences_are_json_where_a_run_is_not_finite_and_say_so(tmp_path):
+    bad = {arm: [scores(one) for one in runs] for arm, runs in RUNS.items()}
+    bad["controller=none"][1]["loss"] = math.inf
+    bad["controller=none"][2]["bits_per_byte"] = math.nan
+    result = differences(bad)
+    json.dumps(result, allow_nan=False)
+    d = result["differences"]["controller=none"]["loss"]
+    assert (d["mean"], d["half_width_95"], d["pairs"][1]) == (None, None, None) and d["pairs"][0] == 0.0
+    assert result["scores"]["controller=none"][1]["loss"] is None
+    lines = [line.rstrip() for line in table(result).splitlines() if line.startswith("  controller=none")]
+    assert [line.endswith("not finite") for line in lines] == [True, True, False]
+    save(draw(RUNS, result, MEASURES), tmp_path / "compare.png")
+    assert math.isnan(scores(run(None, 0.1))["bits_per_byte"])

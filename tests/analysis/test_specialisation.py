@@ -121,6 +121,18 @@ def test_chance_is_every_permutation_of_the_labels_of_tokens_or_documents_that_c
 
 
 @pytest.mark.parametrize("by_document", [False, True])
+def test_chance_reaches_what_it_equals_in_whatever_order_it_is_summed(by_document):
+    """Each token, or document, has an expert to itself: a permutation reorders the table's columns, and all say the same."""
+    experts, labels = np.arange(70)[:, None], np.arange(70) % 7 // 2
+    documents = np.repeat(np.arange(70), 3) if by_document else None
+    if by_document:
+        experts, labels = experts[documents], labels[documents]
+    found = information_test(experts, labels, 70, permutations=200, rng=np.random.default_rng(0), documents_N=documents)
+    assert found.p_value == 1 and found.null_mean == pytest.approx(found.bits, rel=1e-12)
+    assert found.bits == pytest.approx(stats.entropy(np.bincount(labels), base=2), rel=1e-12)
+
+
+@pytest.mark.parametrize("by_document", [False, True])
 def test_p_values_of_independent_labels_are_uniform(by_document):
     rng, p_values, of_a_pair = np.random.default_rng(1), [], []
     for _ in range(200):

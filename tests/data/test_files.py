@@ -77,6 +77,8 @@ def test_json_lines_take_the_domain_from_the_path_or_a_field(folder):
         ("a.txt", b"good\nbad \xff\n", "a.txt, line 2: expected UTF-8, got byte 0xff"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xe9"}', "a.jsonl, line 2: expected UTF-8, got byte 0xe9"),
         ("a.jsonl", b'{"text": "ok"}\n\n{"text": }\n', "a.jsonl, line 3: not JSON: Expecting value at column 10"),
+        ("a.jsonl", b'{"text": "ok"}\n' + b"[" * 100_000, "a.jsonl, line 2: brackets within brackets, too deep"),
+        ("a.jsonl", b'{"text": "ok", "n": ' + b"1" * 5_000 + b"}", "a.jsonl, line 1: expected numbers of at most 4,300 digits"),
         ("a.jsonl", b'{"text": "ok"}\n["text"]\n', "a.jsonl, line 2: expected an object, got list"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "a.jsonl, line 1: no field 'text', only body, id"),
         ("a.jsonl", b'{"text": 7}\n', "a.jsonl, line 1: expected text in field 'text', got int"),

@@ -22,7 +22,9 @@ def test_a_torn_last_line_is_dropped_and_the_rest_is_kept(tmp_path):
     assert [json.loads(line)["record"] for line in path.read_text().splitlines()] == [3, 0, 4]
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "x", '{"record": null}'])
+@pytest.mark.parametrize(
+    "line", ["{}", "[]", "x", '{"record": null}', '{"record": Infinity}', pytest.param("[" * 10**5, id="deep")]
+)
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     (tmp_path / "t.jsonl").write_text('{"record": 0}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"t\.jsonl, line 2: not a finished record"):
@@ -49,9 +51,10 @@ def test_another_model_and_other_settings_are_refused(tmp_path):
         Results(tmp_path, ABOUT | {"model": "n"})
     with pytest.raises(ValueError, match="has a with other settings: shots 1, not 2"):
         Results(tmp_path, ABOUT).begin("a", {"shots": 2})
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(ValueError, match="not what an evaluation wrote"):
-        Results(tmp_path, ABOUT)
+    for text in ("[]", "[" * 10**5):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="not what an evaluation wrote"):
+            Results(tmp_path, ABOUT)
 
 
 def test_records_of_unknown_settings_are_not_taken_over(tmp_path):

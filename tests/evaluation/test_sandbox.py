@@ -60,6 +60,12 @@ def test_a_program_that_does_not_end_is_ended(program, limits):
     assert time.monotonic() - began < 10  # of a busy machine
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_timeout_that_is_none_is_refused(seconds):
+    with pytest.raises(ValueError, match=f"a program's timeout: expected finite seconds > 0, got {seconds}$"):
+        Limits(seconds=seconds)
+
+
 def test_a_flood_of_memory_ends_in_an_error(limits):
     for program in ("x = []\nwhile True: x.append(bytes(10**7))", "x = [0] * 10**12", "x = 'a' * 2**40"):
         found = run_program(program, limits)
@@ -95,22 +101,180 @@ def test_there_is_no_network(limits):
             server.accept()
 
 
-def test_files_outside_of_its_folder_stay_as_they_are(tmp_path, limits):
-    victim = tmp_path / "file"
-    victim.write_text("kept")
-    name = repr(str(victim))
-    for program in (
-        f"open({name}, 'w').write('x')", f"open({name}, 'r+').write('x')", f"import os\nos.remove({name})",
-        f"import os\nos.open({name}, os.O_WRONLY | os.O_TRUNC)", f"import os\nos.rename({name}, 'here')",
-        f"import shutil\nshutil.rmtree({str(tmp_path)!r})", f"import os\nos.truncate({name}, 0)", "open('../escaped', 'w')",
-        f"import os\nos.symlink({name}, 'link')", f"import os\nos.chmod({name}, 0)",
-    ):  # fmt: skip
-        found = run_program(program, limits)
-        assert not found.passed and "the program may not" in found.result, program
-    assert victim.read_text() == "kept"
-    assert run_program(
-        "open('own', 'w').write('x')\nassert open('own').read() == 'x'\nimport os\nos.remove('own')", limits
-    ).passed
+# What a program does to files: OUT is a folder of others with `file` and an empty `folder`; `link` leads from there to the
+# program's own `own`.
+OTHERS = """
+    open(OUT + '/file', 'w')
+    open(OUT + '/file', 'r+')
+    open(OUT + '/file', 'ab')
+    open(OUT + '/new', 'x')
+    open(os.fsencode(OUT + '/new'), 'w')
+    open(OUT + '/file', 'w', opener=os.open)
+    open('other', 'w', opener=lambda path, flags: os.open(OUT + '/new', flags))
+    open('../escaped', 'w')
+    open('/proc/self/root' + OUT + '/file', 'w')
+    os.chdir(OUT); open('new', 'w')
+    os.chdir('/'); os.remove(OUT[1:] + '/file')
+    os.open(OUT + '/file', os.O_WRONLY | os.O_TRUNC)
+    os.open(OUT + '/file', os.O_RDONLY | os.O_TRUNC)
+    os.open(OUT + '/new', os.O_RDONLY | os.O_CREAT)
+    os.open(OUT, os.O_RDWR | getattr(os, 'O_TMPFILE', os.O_CREAT))
+    d = os.open(OUT, os.O_RDONLY); os.open('file', os.O_WRONLY, dir_fd=d)
+    d = os.open('.', os.O_RDONLY); os.open('../new', os.O_WRONLY | os.O_CREAT, dir_fd=d)
+    f = open(OUT + '/file'); open(f'/proc/self/fd/{f.fileno()}', 'w')
+    f = open(OUT + '/file'); os.open(f'/dev/fd/{f.fileno()}', os.O_WRONLY | os.O_TRUNC)
+    open('/proc/self/cwd/../new', 'w')
+    pathlib.Path(OUT, 'file').write_text('x')
+    pathlib.Path(OUT, 'file').touch()
+    pathlib.Path(OUT, 'new').touch()
+    pathlib.Path(OUT, 'file').unlink()
+    pathlib.Path(OUT, 'file').rename('mine')
+    pathlib.Path('own').replace(pathlib.Path(OUT, 'new'))
+    pathlib.Path(OUT, 'folder').rmdir()
+    pathlib.Path(OUT, 'a/b').mkdir(parents=True)
+    pathlib.Path(OUT, 'new').symlink_to('own')
+    pathlib.Path(OUT, 'new').hardlink_to('own')
+    pathlib.Path(OUT, 'file').chmod(0)
+    os.remove(OUT + '/file')
+    os.remove(OUT + '/link')
+    os.remove('file', dir_fd=9)
+    os.unlink('own', dir_fd=0)
+    os.rmdir(OUT + '/folder')
+    os.rmdir('folder', dir_fd=9)
+    os.removedirs(OUT + '/folder')
+    os.mkdir(OUT + '/new')
+    os.mkdir('new', dir_fd=9)
+    os.makedirs(OUT + '/a/b')
+    os.rename(OUT + '/file', 'mine')
+    os.rename('own', OUT + '/file')
+    os.rename('own', '/proc/self/root' + OUT + '/new')
+    os.rename('own', 'mine', src_dir_fd=9)
+    os.rename('own', 'mine', dst_dir_fd=9)
+    os.rename('.', OUT + '/new')
+    os.renames('own', OUT + '/new')
+    os.replace('own', OUT + '/file')
+    os.replace(OUT + '/file', 'mine')
+    os.replace(OUT + '/link', 'mine')
+    os.truncate(OUT + '/file', 0)
+    os.utime(OUT + '/file', (0, 0))
+    os.utime(OUT + '/link', (0, 0), follow_symlinks=False)
+    os.utime('own', (0, 0), dir_fd=9)
+    os.utime(open(OUT + '/file').fileno(), (0, 0))
+    os.chmod(OUT + '/file', 0)
+    os.fchmod(open(OUT + '/file').fileno(), 0)
+    os.chown(OUT + '/file', os.getuid(), os.getgid())
+    os.lchown(OUT + '/file', os.getuid(), os.getgid())
+    os.link(OUT + '/file', 'mine')
+    os.link('own', OUT + '/new')
+    os.symlink(OUT, 'link')
+    os.symlink('own', OUT + '/new')
+    os.mkfifo(OUT + '/new')
+    os.mknod(OUT + '/new')
+    os.mknod('new', dir_fd=9)
+    os.chroot(OUT)
+    os.setxattr(OUT + '/file', 'user.x', b'x')
+    os.removexattr(OUT + '/file', 'user.x')
+    posix.mkfifo(OUT + '/new')
+    posix.rename('own', OUT + '/file')
+    fcntl.ioctl(open(OUT + '/file'), 0x80086601, bytes(8))
+    shutil.move('own', OUT + '/new')
+    shutil.move('own', OUT)
+    shutil.move(OUT + '/file', 'mine')
+    shutil.copyfile('own', OUT + '/file')
+    shutil.copy('own', OUT)
+    shutil.copytree('.', OUT + '/new')
+    shutil.copystat('own', OUT + '/file')
+    shutil.rmtree(OUT)
+    shutil.rmtree(OUT + '/folder')
+    shutil.rmtree('.')
+    shutil.make_archive(OUT + '/new', 'zip', '.')
+    shutil.chown(OUT + '/file', os.getuid())
+    tempfile.mkdtemp(dir=OUT)
+    tempfile.NamedTemporaryFile(dir=OUT)
+    sqlite3.connect(OUT + '/new')
+    sqlite3.connect(':memory:').execute(f"attach '{OUT}/new' as other")
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).keylog_filename = OUT + '/new'
+    import _posixshmem
+    import _multiprocessing
+    import _dbm
+    import _gdbm
+    import _tkinter
+    import readline
+    import _xxsubinterpreters; _xxsubinterpreters.create()
+    import ctypes; ctypes.CDLL(None).unlink(os.fsencode(OUT + '/file'))
+    signal.pidfd_send_signal(os.pidfd_open(os.getpid()), 0)
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
+    os.sched_setaffinity(0, os.sched_getaffinity(0))
+    os.sched_setparam(0, os.sched_getparam(0))
+    os.sched_setscheduler(0, os.sched_getscheduler(0), os.sched_getparam(0))
+    sys.audit('os.chflags', OUT + '/file', 0)
+    sys.audit('os.remove', '/dev/null', -1)
+    sys.audit('os.rename', 'own', '/dev/null', -1, -1)
+"""
+OWN_FILES = """
+    open('new', 'w').write('x'); assert open('new').read() == 'x'
+    open('/dev/null', 'w').write('x'); os.close(os.open(b'/dev/null', os.O_WRONLY))
+    os.rename('new', 'other'); os.replace('other', 'new'); os.truncate('new', 0); os.utime('new'); os.remove('new')
+    os.makedirs('a/b'); pathlib.Path('a/b/c').touch(); os.chdir('a/b'); os.rename('c', '../../d'); os.chdir(HOME)
+    pathlib.Path(HOME, 'd').rename('a/d'); pathlib.Path('a/d').unlink(); os.rmdir('a/b'); pathlib.Path('a').rmdir()
+    os.mkdir(b'a'); open(b'a/x', 'wb').close(); shutil.move(pathlib.Path('a'), 'b'); shutil.rmtree(pathlib.Path('b'))
+    folder = tempfile.TemporaryDirectory(); open(folder.name + '/x', 'w').close(); folder.cleanup()
+    tempfile.NamedTemporaryFile().write(b'x'); tempfile.TemporaryFile().write(b'x')
+    f = open('g', 'w+'); f.write('xx'); f.truncate(1); open(f.fileno(), 'a', closefd=False).write('x')
+    assert open(OUT + '/file').read() == 'kept' and os.listdir(OUT) and list(os.walk(OUT)) and os.path.isdir(OUT)
+    with contextlib.suppress(IsADirectoryError): open('.')
+    shutil.copyfile(OUT + '/file', 'h'); assert open('h').read() == 'kept'
+"""
+TRY_ALL = """
+import contextlib, fcntl, os, pathlib, posix, shutil, signal, sqlite3, ssl, sys, tempfile
+OUT, HOME, wrong = {out!r}, os.getcwd(), []
+for line in {lines!r}.strip().splitlines():
+    os.chdir(HOME)
+    open('own', 'w').close()
+    try:
+        exec(line.strip())
+    except BaseException as error:
+        refused = any(said in str(error) for said in ('the program may not', 'interpreter creation failed'))
+        if not ({refused} and refused):
+            wrong.append(line.strip() + ': ' + repr(error))
+    else:
+        if {refused}:
+            wrong.append(line.strip())
+assert not wrong, '; '.join(wrong)
+"""
+
+
+@pytest.fixture
+def others(tmp_path):
+    """The folder OUT; and what is in it and beside it, with modes and times."""
+    out = tmp_path / "others"
+    (out / "folder").mkdir(parents=True)
+    (out / "file").write_text("kept")
+    (out / "link").symlink_to("/proc/self/cwd/own")
+
+    def state():
+        paths = sorted(tmp_path.rglob("*"))
+        stats = [(path, path.lstat()) for path in paths]
+        kept = [(str(p), s.st_mode, s.st_nlink, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats]
+        return kept, (out / "file").read_text()
+
+    return out, state
+
+
+def test_files_of_others_stay_as_they_are_however_a_program_changes_them(others, limits):
+    out, state = others
+    before = state()
+    found = run_program(TRY_ALL.format(out=str(out), lines=OTHERS, refused=True), limits)
+    assert found.result == "passed"
+    assert state() == before
+
+
+def test_a_program_does_with_its_own_files_what_it_wants_and_reads_those_of_others(others, limits):
+    out, state = others
+    before = state()
+    found = run_program(TRY_ALL.format(out=str(out), lines=OWN_FILES, refused=False), limits)
+    assert found.result == "passed"
+    assert state() == before
 
 
 def test_a_file_has_a_largest_size(limits):

@@ -75,6 +75,10 @@ def test_shots_of_another_file_leave_every_record_to_be_asked(tmp_path):
         (EXACT | {"answer": []}, "expected answer to be a text or a list of texts"),
         (EXACT | {"max_new_tokens": 0}, "expected max_new_tokens to be a number from 1 on, got 0"),
         (EXACT | {"regex": "("}, "regex is none"),
+        (EXACT | {"regex": "a{99999999999}"}, "regex is none: the repetition number is too large"),
+        (EXACT | {"regex": "(" * 10_000}, "line 2: brackets within brackets, too deep to be read"),
+        pytest.param('{"answer": ' + "[" * 100_000, "line 2: brackets within brackets, too deep to be read", id="deep"),
+        pytest.param('{"answer": ' + "7" * 5_000 + "}", "line 2: expected numbers of at most 4,300 digits", id="long"),
         (EXACT | {"stop": [""]}, "expected stop to be a text or a list of texts"),
         (EXACT, "same kind as the first one"),
     ],
@@ -83,6 +87,23 @@ def test_a_line_that_is_no_record_is_named(tmp_path, record, message):
     with pytest.raises(ValueError, match=message) as error:
         read_task(written(tmp_path / "a.jsonl", CHOICE, record))
     assert "\n" not in str(error.value) and "a.jsonl" in str(error.value)
+
+
+def test_brackets_of_any_depth_are_one_line_also_where_they_can_be_read_and_not_shown(tmp_path):
+    for depth in range(800, 1000):
+        record = json.dumps(CHOICE).replace("1}", "[" * depth + "]" * depth + "}")
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: (expected answer|brackets)"):
+            read_task(written(tmp_path / "a.jsonl", record))
+
+
+@pytest.mark.parametrize("records", [[CHOICE, CHOICE], [EXACT, EXACT]])
+def test_a_byte_order_mark_before_the_first_record_is_not_of_it(tmp_path, records):
+    plain, marked = written(tmp_path / "a.jsonl", *records), tmp_path / "b.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert read_task(marked).records == read_task(plain).records
+    marked.write_bytes(b"\xef\xbb\xbf{}\n{\n\xe9\xe8")
+    with pytest.raises(ValueError, match="line 3: expected UTF-8, got byte 0xe9"):
+        read_task(marked)
 
 
 def test_files_that_are_none_are_named(tmp_path):

@@ -206,8 +206,10 @@ def defined_flags():
     ("flags", "message"),
     [
         (["--only=balance,balanse", "--set=steps=3"], "--only: expected some of balance, mtp, attention"),
-        ([], "--budget: expected minutes > 0 (or --set=steps=...), got None"),
-        (["--budget=-1"], "--budget: expected minutes > 0"),
+        ([], "--budget: expected finite minutes > 0 (or --set=steps=...), got None"),
+        (["--budget=-1"], "--budget: expected finite minutes > 0"),
+        (["--budget=nan"], "--budget: expected finite minutes > 0 (or --set=steps=...), got nan"),
+        (["--budget=inf"], "--budget: expected finite minutes > 0 (or --set=steps=...), got inf"),
         (["--set=steps=3", "--seeds=0"], "expected 0 or more and at least 1"),
         (["--set=steps=3", "--set=n_group=1", "--set=topk_group=1"], "topk_group: expected fewer than n_group=1"),
         (["--set=steps=3", "--workdir={held}"], "holds ablations already; add --resume"),

@@ -133,7 +133,9 @@ def test_the_plan_of_a_budget_is_timed_once_and_kept(program, tmp_path, capsys):
         (["--set=steps=8", "--resume"], "another comparison: config differs"),
         (["--set=steps=7", "--resume", "--vary=controller=none,sign"], "another comparison: arms differs"),
         (["--set=steps=7", "--seeds=0"], "--seeds: expected at least 1, got 0"),
-        (["--resume"], "--budget: expected minutes > 0"),
+        (["--resume"], "--budget: expected finite minutes > 0"),
+        (["--budget=nan"], "--budget: expected finite minutes > 0 (or --set=steps=...), got nan"),
+        (["--budget=inf"], "--budget: expected finite minutes > 0 (or --set=steps=...), got inf"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_status_2(program, tmp_path, capsys, flags, message):
