@@ -1,5 +1,6 @@
 """The grouped products: every implementation against a loop over rows in float64 NumPy, values and gradients."""
 
+from collections import Counter
 from functools import partial
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend import core as jex_core
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dsv3_jax.kernels.grouped import cost, pallas_gpu, pallas_tpu
 from dsv3_jax.kernels.grouped.api import grouped_product, grouped_swiglu
@@ -17,16 +20,16 @@ from oracles.compiling import quick_jit
 from oracles.unchecked import unchecked
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
-SMALL_TPU = pallas_tpu.Blocks(rows=32, inner=128, outer=256, height=16, columns=128)
+SMALL_TPU = pallas_tpu.Blocks(rows=64, inner=128, outer=256, height=32, columns=128, least=8)
+SMALL_OUTER = pallas_tpu.OuterBlocks(rows=32, inner=128, outer=256, least=8)
 SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks along every side already of small operands."""
-    monkeypatch.setattr(pallas_tpu, "V5P", SMALL_TPU)
-    monkeypatch.setattr(pallas_tpu, "WIDE", SMALL_TPU)
-    monkeypatch.setattr(pallas_tpu, "V5P_OUTER", SMALL_TPU)
+    products = dict.fromkeys([(side, long) for side in (False, True) for long in (False, True)], SMALL_TPU)
+    monkeypatch.setattr(pallas_tpu, "V5P", pallas_tpu.Chip(products, SMALL_TPU, SMALL_OUTER))
     monkeypatch.setattr(pallas_gpu, "PRODUCTS", dict.fromkeys(pallas_gpu.PRODUCTS, {7: SMALL_GPU}))
     monkeypatch.setattr(pallas_gpu, "OUTER", dict.fromkeys(pallas_gpu.OUTER, SMALL_GPU))
 
@@ -224,6 +227,58 @@ def test_on_simulated_memory_without_a_race(counts):
     assert not interpret_pallas_call.races.races_found
 
 
+def of_chip(function, *operands):
+    """`function` as a TPU of this kind would trace it, on this machine."""
+    device = AbstractDevice("TPU7x", 1, "tpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced, shape = jax.make_jaxpr(function, return_shape=True)(*operands)
+    found = quick_jit(jex_core.jaxpr_as_fun(traced))(*operands)
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def streamed(monkeypatch):
+    """Small blocks for every chip, which the kernels copy themselves."""
+    products = {key: SMALL_TPU._replace(streamed=True) for key in pallas_tpu.V5P.products}
+    outer = SMALL_OUTER._replace(streamed=True)
+    monkeypatch.setattr(pallas_tpu, "CHIPS", {"TPU7x": pallas_tpu.Chip(products, SMALL_TPU._replace(streamed=True), outer)})
+
+
+def check_streamed(mode, counts, rows, side, width):
+    rng, count = np.random.default_rng(0), jnp.asarray(counts, jnp.int32)
+    used = sum(counts)
+    x, dy = (poisoned(numbers(rng, (rows, side), jnp.float32), used) for _ in range(2))
+    gate, up = (numbers(rng, (len(counts), side, width), jnp.float32, 0.1) for _ in range(2))
+    down = numbers(rng, (len(counts), width, side), jnp.float32, 0.1)
+    gates = poisoned(jnp.asarray(rng.uniform(size=rows), jnp.float32), used)
+
+    def run(implementation, *operands):
+        *operands, dy = operands
+        y, pull_back = jax.vjp(lambda *v: grouped_swiglu(*v, count, implementation=implementation), *operands)
+        return y, *pull_back(dy)
+
+    operands = x, gates, gate, up, down, dy
+    ours = of_chip(partial(run, f"pallas_tpu:{mode}"), *operands)
+    for mine, theirs in zip(ours, run("reference", *operands), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_kernels_that_copy_their_own_blocks_compute_the_same(monkeypatch):
+    streamed(monkeypatch)
+    check_streamed("interpret", [70, 0, 33, 9], 128, 128, 256)  # whole blocks: a copy of fewer rows is no slice of known size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [[20, 0, 30, 13], [0, 0, 0, 1], [64, 0, 0, 0]])
+def test_kernels_that_copy_their_own_blocks_do_so_without_a_race(monkeypatch, counts):
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    streamed(monkeypatch)
+    check_streamed("simulate", counts, 80, 128, 128)
+    assert not interpret_pallas_call.races.races_found
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=8),
@@ -277,28 +332,67 @@ def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, side
     make = quick_jit(partial(make_work, rows=rows, tile=b.rows))
     work = jax.tree.map(np.asarray, make(jnp.asarray([*counts, rows - used], jnp.int32)))
     n_outer, n_inner = -(-outer // b.outer), -(-inner // b.inner)
-    moved = iterations = zeroed = steps = 0
+    moved = zeroed = steps = 0
+    iterations = Counter()
     x_before = w_before = y_before = None
     for j in range(n_outer):
         for s in range(int(work.size)):
             group, tile = int(work.group_S[s]), int(work.tile_S[s])
             first = max(int(work.first_G[group]) - tile * b.rows, 0)
             end = min(int(work.end_G[group]) - tile * b.rows, b.rows)
-            parts = (-(-end // b.height) - first // b.height) * (b.outer // b.columns)
+            across = b.outer // b.columns
             for k in range(n_inner):
                 steps += 1
                 x_at, w_at = (tile, k), (min(group, len(counts) - 1), k, j)
                 width = min(b.inner, inner - k * b.inner)
                 moved += b.rows * width * (x_at != x_before) + weights * width * b.outer * (w_at != w_before)
                 x_before, w_before = x_at, w_at
-                iterations += parts * (group < len(counts))
-                zeroed += parts * (group == len(counts))
+                if group == len(counts):
+                    zeroed += (-(-end // b.height) - first // b.height) * across
+                    continue
+                heights = (b.height, *b.pieces)
+                at = first - first % heights[-1]
+                while at < end:  # the highest part that has no row behind the group's last piece
+                    height = next(height for height in heights if at + height < end + heights[-1])
+                    iterations[height] += across
+                    at += height
             moved += 3 * b.rows * b.outer * ((tile, j) != y_before)
             y_before = tile, j
     found = cost.of_products(counts, rows, inner, outer, SMALL_TPU, weights=weights, wide_extras=1, outs=2)
-    assert found.steps == steps and found.trips[0] * steps == pytest.approx(iterations)
+    assert found.steps == steps
+    assert [n * steps for n in found.trips[: 1 + len(b.pieces)]] == pytest.approx(
+        [iterations[height] for height in (b.height, *b.pieces)]
+    )
     assert found.trips[-1] * steps == pytest.approx(zeroed)
-    assert found.flops == 2 * iterations * b.height * b.columns * inner // n_inner * weights
+    rows_multiplied = sum(height * n for height, n in iterations.items())
+    assert found.flops == 2 * rows_multiplied * b.columns * inner // n_inner * weights
     # Where one column of blocks ends and the next begins, x's block may be the same.
     assert 0 <= found.bytes - moved * 2 <= 2 * (n_outer - 1) * b.rows * inner
     assert found.least_flops == 2 * used * inner * outer * weights
+
+
+@settings(max_examples=12, deadline=None)
+@given(counts=st.lists(st.integers(0, 90), min_size=1, max_size=5), more=st.integers(0, 40))
+def test_the_outer_grid_s_cost_is_that_of_walking_its_list(counts, more):
+    """Whole tiles, masked parts of others, groups stored and groups without a row."""
+    inner, outer, rows = 200, 300, max(1, sum(counts) + more)
+    b = pallas_tpu.fit_outer(SMALL_OUTER, rows, inner, outer)
+    make = quick_jit(partial(make_work, rows=rows, tile=b.rows, empty=True))
+    work = jax.tree.map(np.asarray, make(jnp.asarray(counts, jnp.int32)))
+    sizes, runs = b.pieces, Counter()
+    for group, tile in zip(work.group_S[: work.size], work.tile_S[: work.size], strict=True):
+        first, end = max(work.first_G[group] - tile * b.rows, 0), min(work.end_G[group] - tile * b.rows, b.rows)
+        runs["whole"] += end - first == b.rows
+        at = first - first % sizes[-1] if 0 < end - first < b.rows else end
+        while at < end:
+            size = next(size for size in sizes if at + size < end + sizes[-1])
+            runs[size] += 1
+            at += size
+    found, steps = cost.of_outer(counts, rows, inner, outer, SMALL_OUTER), int(work.size)
+    full = sum(n > 0 for n in counts)
+    expected = [runs["whole"], *(runs[size] for size in sizes), full, len(counts) - full]
+    assert [n * steps for n in found.trips] == pytest.approx(expected)
+    columns = -(-inner // b.inner) * -(-outer // b.outer)
+    assert found.steps == columns * steps
+    multiplied = b.rows * runs["whole"] + sum(size * runs[size] for size in sizes)
+    assert found.flops == 2 * columns * multiplied * b.inner * b.outer

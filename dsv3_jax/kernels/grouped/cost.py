@@ -1,12 +1,11 @@
 """What the TPU kernels' grids do for given group sizes, in plain Python: steps, iterations, bytes, FLOPs, beside the least."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dsv3_jax.kernels.grouped.pallas_tpu import Blocks, fit_outer, fit_products
+from dsv3_jax.kernels.grouped.pallas_tpu import Blocks, OuterBlocks, fit_outer, fit_products
 
 FLOAT32 = 4
 
@@ -33,6 +32,17 @@ def entries_of(counts: Sequence[int], tile: int) -> list[tuple[int, int, int, in
     ]
 
 
+def parts_of(entries: Sequence[tuple[int, int, int, int]], heights: Sequence[int]) -> dict[int, int]:
+    """Of each height the parts that the entries' rows are walked in."""
+    found, least = dict.fromkeys(heights, 0), heights[-1]
+    for _, _, first, end in entries:
+        left = -(-end // least) - first // least
+        for height in heights:
+            n, left = divmod(left, height // least)
+            found[height] += n
+    return found
+
+
 def of_products(
     counts: Sequence[int], rows: int, inner: int, outer: int, blocks: Blocks, *, weights: int, wide_extras: int, outs: int,
     itemsize: int = 2,
@@ -41,20 +51,21 @@ def of_products(
     b, used, none = fit_products(blocks, rows, inner, outer), sum(counts), len(counts)
     n_outer, n_inner, iterations = -(-outer // b.outer), -(-inner // b.inner), b.outer // b.columns
     entries = entries_of([*counts, rows - used], b.rows)
-    parts = Counter[bool]()
-    for group, _, first, end in entries:
-        parts[group < none] += (-(-end // b.height) - first // b.height) * iterations
-    per_step, zero = parts[True] / len(entries), parts[False] / len(entries)
+    mine = [entry for entry in entries if entry[0] < none]
+    parts = parts_of(mine, (b.height, *b.pieces))
+    zeroed = parts_of([entry for entry in entries if entry[0] == none], (b.height,))
+    each, zero = (tuple(n * iterations / len(entries) for n in found.values()) for found in (parts, zeroed))
     direct = weights == 1 and n_inner == 1
-    trips = (per_step, zero) if direct else (*(per_step,) * weights, per_step / n_inner, zero)
+    trips = each + zero if direct else each * weights + tuple(n / n_inner for n in each) + zero
     # A block that is asked for twice in a row is fetched once. Rows of no group ask for the last group's weights.
     tiles = _changes([t for _, t, _, _ in entries])
     x, w = (tiles, _changes([min(group, none - 1) for group, *_ in entries])) if n_inner == 1 else (len(entries),) * 2
     moved = x * b.rows * inner + w * inner * b.outer * weights + tiles * b.rows * b.outer * (wide_extras + outs)
     least = rows * inner + none * inner * outer * weights + rows * outer * (wide_extras + outs)
+    multiplied = sum(height * n for height, n in parts.items())
     return Cost(
         n_outer * len(entries) * n_inner, trips, n_outer * moved * itemsize, least * itemsize,
-        2 * parts[True] * b.height * b.columns * inner * n_outer * weights, 2 * used * inner * outer * weights,
+        2 * multiplied * b.outer * inner * n_outer * weights, 2 * used * inner * outer * weights,
     )  # fmt: skip
 
 
@@ -62,16 +73,19 @@ def _changes(values: Sequence[int]) -> int:
     return sum(a != b for a, b in zip([None, *values], values, strict=False))
 
 
-def of_outer(counts: Sequence[int], rows: int, inner: int, outer: int, blocks: Blocks, itemsize: int = 2) -> Cost:
+def of_outer(counts: Sequence[int], rows: int, inner: int, outer: int, blocks: OuterBlocks, itemsize: int = 2) -> Cost:
     """Of `outer_products`."""
     b = fit_outer(blocks, rows, inner, outer)
-    n_inner, n_outer = -(-inner // b.inner), -(-outer // b.outer)
-    entries = len(entries_of(counts, b.rows)) + sum(n == 0 for n in counts)
-    runs = (b.inner // b.height) * (b.outer // b.columns)
-    tiles = -(-rows // b.rows)
-    moved = tiles * b.rows * (b.inner + b.outer) + len(counts) * b.inner * b.outer
+    n_inner, n_outer, empty = -(-inner // b.inner), -(-outer // b.outer), sum(n == 0 for n in counts)
+    entries = entries_of(counts, b.rows)
+    ragged = [entry for entry in entries if entry[3] - entry[2] < b.rows]
+    parts, whole = parts_of(ragged, b.pieces), len(entries) - len(ragged)
+    steps = len(entries) + empty
+    multiplied = whole * b.rows + sum(height * n for height, n in parts.items())
+    moved = -(-rows // b.rows) * b.rows * (b.inner + b.outer) + len(counts) * b.inner * b.outer
     least = rows * (inner + outer) + len(counts) * inner * outer
     return Cost(
-        n_inner * n_outer * entries, (runs / b.unroll, runs * len(counts) / entries), n_inner * n_outer * moved * itemsize,
-        least * itemsize, 2 * n_inner * n_outer * entries * b.rows * b.inner * b.outer, 2 * sum(counts) * inner * outer,
+        n_inner * n_outer * steps, tuple(n / steps for n in (whole, *parts.values(), len(counts) - empty, empty)),
+        n_inner * n_outer * moved * itemsize, least * itemsize,
+        2 * n_inner * n_outer * multiplied * b.inner * b.outer, 2 * sum(counts) * inner * outer,
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 The grid walks blocks of the output's columns, then the list of (group, tile of rows), then the contraction: a group's weights
 are read once, and a tile of rows once for each block of columns. Where a tile holds rows of several groups, each writes its own
-and leaves the others, while the tile stays in VMEM. Within a step a loop over parts of the tile keeps their sums in registers,
-and leaves out those without a row of the group.
+and leaves the others, while the tile stays in VMEM. Within a step loops over parts of the tile, as high as there are rows of
+the group for, leave out those without one.
 
 What lies beyond an operand's edge is undefined, and so are rows between the groups' and the end: products keep rows apart, so
 they meet nothing there; sums over rows or over a ragged contraction select what is theirs first, on both sides, since 0 * NaN
@@ -21,11 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.grouped.call import PARTIAL, Epilogue, Out
+from dsv3_jax.kernels.grouped.grid_tpu import SUBLANES, call, cut
 from dsv3_jax.kernels.grouped.work import make_work
 from dsv3_jax.kernels.modes import chip, result
-from dsv3_jax.kernels.tiles import LANES, MIB, dot, estimate, fitted, up
-
-SUBLANES = 16
+from dsv3_jax.kernels.tiles import LANES, dot, estimate, fitted, up
 
 
 class Blocks(NamedTuple):
@@ -36,43 +35,105 @@ class Blocks(NamedTuple):
     outer: int
     height: int
     columns: int
-    unroll: int = 1  # iterations that are scheduled together
-    vmem_mib: int = 32
+    least: int  # rows of an iteration where fewer are left of a group, see `pieces_of`
+    streamed: bool = False  # see `grid_tpu.call`
+    vmem_mib: int = 62
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        return pieces_of(self.height, self.least)
+
+
+class OuterBlocks(NamedTuple):
+    """Of a product [R, I]^T x [R, O]: rows, and the most of each side, in VMEM; all of it is multiplied at once."""
+
+    rows: int
+    inner: int
+    outer: int
+    least: int  # rows at once of a tile in which a group begins or ends
+    streamed: bool = False
+    vmem_mib: int = 48
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        return pieces_of(self.rows, self.least) or (self.rows,)
+
+
+def pieces_of(height: int, least: int) -> tuple[int, ...]:
+    """Ever fewer rows than `height`, by halves while those are multiples of the least."""
+    found: list[int] = []
+    while height > least:
+        height = height // 2 if height // 2 % least == 0 else least
+        found.append(height)
+    return tuple(found)
+
+
+class Chip(NamedTuple):
+    """A kind of device's blocks. `products`: by whether weights are transposed, and whether the contraction is a long one."""
+
+    products: dict[tuple[bool, bool], Blocks]
+    several: Blocks  # of two weights at once
+    outer: OuterBlocks
 
 
 # What needed the fewest bundles of those tried at V3's shapes, see `experiments.bench_kernels`; other chips as v5p. There sums
-# of 384 x 128 are in registers, 64 of 8 x 128, and leave room for operands. Where a step has more to do with its operands,
-# wide sums that are put aside between matrix units' results cost less than operands that are brought along more often; the
-# units of tpu7x add up by themselves.
-V5P = Blocks(768, 7168, 256, 384, 128, vmem_mib=62)
-WIDE = Blocks(1024, 7168, 512, 512, 512, vmem_mib=62)
-PRODUCTS = dict.fromkeys(("TPU v6 lite", "TPU7x"), WIDE)
-PRODUCTS_OF_SEVERAL = {  # weights at once
-    "TPU v6 lite": Blocks(512, 7168, 256, 512, 256, vmem_mib=62),
-    "TPU7x": Blocks(512, 7168, 512, 512, 512, vmem_mib=62),
-}
-# Rows are selected and turned once for each block of columns: wide ones make that little.
-V5P_OUTER = Blocks(512, 1024, 2048, 1024, 256, unroll=4, vmem_mib=40)
-WIDE_OUTER = V5P_OUTER._replace(columns=512, unroll=2)
-OUTER = dict.fromkeys(("TPU v6 lite", "TPU7x"), WIDE_OUTER)
+# of 384 x 128 are in registers, 64 of 8 x 128, and leave room for operands; to put them aside costs less than to bring along
+# transposed weights more often, or on v6e, whose units take 256 columns, any. Those of tpu7x add up by themselves.
+LONG, WIDE = 4096, 3  # contractions above this, extras and outputs as wide as the product
+TALL = Blocks(1024, 7168, 512, 512, 512, least=128)
+NARROW = Blocks(768, 7168, 256, 384, 128, least=128)
+V5P = Chip(
+    {
+        (False, True): NARROW,
+        (False, False): NARROW._replace(rows=1024, height=512),
+        (True, True): TALL,
+        (True, False): TALL,
+    },
+    NARROW,
+    OuterBlocks(512, 1024, 2048, least=128),
+)
+V6E_LONG = TALL._replace(streamed=True)
+V6E_SHORT = V6E_LONG._replace(outer=1024, columns=1024)
+V6E = Chip(
+    {(side, long): V6E_LONG if long else V6E_SHORT for side in (False, True) for long in (False, True)},
+    Blocks(512, 7168, 256, 512, 256, least=128),
+    OuterBlocks(512, 1792, 2048, least=256, streamed=True),
+)
+TPU7X_LONG = TALL._replace(height=1024, streamed=True)
+TPU7X_SHORT = TPU7X_LONG._replace(outer=1024)
+TPU7X = Chip(
+    {
+        (False, True): TPU7X_LONG,
+        (False, False): TPU7X_SHORT,
+        (True, True): TPU7X_LONG,
+        (True, False): TPU7X_SHORT._replace(columns=1024),
+    },
+    TALL._replace(rows=512, streamed=True),
+    OuterBlocks(512, 1024, 2048, least=512, streamed=True),
+)
+CHIPS = {"TPU v6 lite": V6E, "TPU7x": TPU7X}
+
+
+class Place(NamedTuple):
+    """Where a part of a tile is: its first row, how many it has, and which of the block's columns."""
+
+    row: Any
+    height: int
+    column: Any
 
 
 def blocks_of(kind: str, weights: int, transposed: bool, inner: int, wide: int) -> Blocks:
     """Of a product with so many weights at once, on this kind of device; `wide`: extras and outputs as wide as the product."""
-    if weights > 1:
-        return PRODUCTS_OF_SEVERAL.get(kind, V5P)
-    blocks = PRODUCTS.get(kind, WIDE if transposed else V5P)
-    if inner > 4096:  # an iteration is long enough to be of fewer rows, of which then fewer are another group's
-        if kind == "TPU v6 lite":
-            blocks = blocks._replace(height=256)
-        if kind == "TPU7x" and transposed:
-            blocks = blocks._replace(height=256, columns=256)
-    # In VMEM extras and outputs are beside the operands, each twice.
-    return blocks._replace(rows=WIDE.rows // 2) if wide > 3 and blocks.rows == WIDE.rows else blocks
+    chip = CHIPS.get(kind, V5P)
+    blocks = chip.several if weights > 1 else chip.products[transposed, inner > LONG]
+    if wide <= WIDE or weights > 1:
+        return blocks
+    rows = blocks.rows // 2  # in VMEM extras and outputs are beside the operands, each twice
+    return blocks._replace(rows=rows, height=min(rows, blocks.height))
 
 
-def outer_blocks_of(kind: str) -> Blocks:
-    return OUTER.get(kind, V5P_OUTER)
+def outer_blocks_of(kind: str) -> OuterBlocks:
+    return CHIPS.get(kind, V5P).outer
 
 
 def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
@@ -80,16 +141,18 @@ def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
     (tall, height), (wide, columns) = (
         fitted(rows, blocks.rows, blocks.height, SUBLANES), fitted(outer, blocks.outer, blocks.columns, 1)
     )  # fmt: skip
-    return blocks._replace(rows=tall, inner=min(inner, blocks.inner), outer=wide, height=height, columns=columns)
+    least = blocks.least if height == blocks.height else height
+    return blocks._replace(rows=tall, inner=min(inner, blocks.inner), outer=wide, height=height, columns=columns, least=least)
 
 
-def fit_outer(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
-    """No larger than the operands of [R, I]^T x [R, O]; an iteration's height is along I."""
-    (deep, height), (wide, columns) = (
-        fitted(inner, blocks.inner, blocks.height, 1), fitted(outer, blocks.outer, blocks.columns, 1)
-    )  # fmt: skip
-    rows = min(blocks.rows, up(rows, SUBLANES))
-    return blocks._replace(rows=rows, inner=deep, outer=wide, height=height, columns=columns)
+def fit_outer(blocks: OuterBlocks, rows: int, inner: int, outer: int) -> OuterBlocks:
+    """No larger than the operands of [R, I]^T x [R, O], whose sides are cut evenly."""
+    deep, wide = (
+        side if side <= most else up(pl.cdiv(side, pl.cdiv(side, most)), LANES)
+        for side, most in ((inner, blocks.inner), (outer, blocks.outer))
+    )
+    tall = min(blocks.rows, up(rows, SUBLANES))
+    return blocks._replace(rows=tall, inner=deep, outer=wide, least=blocks.least if tall == blocks.rows else tall)
 
 
 def products(
@@ -109,7 +172,10 @@ def products(
     (rows, inner), n_groups = x_RI.shape, weights[0].shape[0]
     outer = weights[0].shape[1 if transposed else 2]
     wide = sum(v.shape[1] > 1 for v in extras) + len(outs)
-    blocks = fit_products(blocks or blocks_of(chip(), len(weights), transposed, inner, wide), rows, inner, outer)
+    blocks = blocks or blocks_of(chip(), len(weights), transposed, inner, wide)
+    if x_RI.dtype == jnp.float32:  # of twice the bytes
+        blocks = blocks._replace(outer=min(blocks.outer, TALL.outer), columns=min(blocks.columns, TALL.columns))
+    blocks = fit_products(blocks, rows, inner, outer)
     n_inner, n_outer = pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer)
     none = rows - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
     work = make_work(jnp.append(count_E, none), rows, blocks.rows)
@@ -119,60 +185,58 @@ def products(
     n_sums = len(weights) if len(weights) > 1 or n_inner > 1 else 0  # else a product goes straight to the epilogue
 
     def kernel(group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, *refs: Any) -> None:
-        ws, more, ys, sums = _cut(refs, len(weights), len(extras), len(outs))
+        ws, more, ys, sums = cut(refs, len(weights), len(extras), len(outs))
         j, s, k = (pl.program_id(axis) for axis in range(3))
         group = group_S[s]
 
-        def place(i: Any, width: int) -> tuple[Any, Any]:
-            """Rows and columns of iteration i."""
-            h, c = lax.div(i, iterations), lax.rem(i, iterations)
-            return pl.ds(pl.multiple_of(h * blocks.height, blocks.height), blocks.height), _columns(c, width)
+        def place(at: Place, width: int) -> tuple[Any, Any]:
+            return pl.ds(at.row, at.height), _columns(at.column, width)
 
-        def store(i: Any, values: Sequence[Any]) -> None:
-            row = lax.broadcasted_iota(jnp.int32, (blocks.height, 1), 0)
-            row = row + tile_S[s] * blocks.rows + lax.div(i, iterations) * blocks.height
+        def store(at: Place, values: Sequence[Any]) -> None:
+            row = lax.broadcasted_iota(jnp.int32, (at.height, 1), 0) + tile_S[s] * blocks.rows + at.row
             own = (row >= first_G[group]) & (row < end_G[group])
             for y, value, width in zip(ys, values, n_columns, strict=True):
-                at = place(i, width)
-                y[at] = jnp.where(own, value, y[at].astype(jnp.float32)).astype(y.dtype)
+                y_at = place(at, width)
+                y[y_at] = jnp.where(own, value, y[y_at].astype(jnp.float32)).astype(y.dtype)
 
-        def finish(i: Any, totals: Sequence[Any]) -> None:
-            at = place(i, blocks.columns)
-            beside = [(v[at[0], :] if v.shape[1] == 1 else v[at]).astype(jnp.float32) for v in more]
+        def finish(at: Place, totals: Sequence[Any]) -> None:
+            rows_at, columns_at = place(at, blocks.columns)
+            beside = [v[rows_at, slice(None) if v.shape[1] == 1 else columns_at].astype(jnp.float32) for v in more]
             if outer % blocks.outer:  # partial sums take columns together
                 column = lax.broadcasted_iota(jnp.int32, (1, blocks.columns), 1)
-                within = column + j * blocks.outer + lax.rem(i, iterations) * blocks.columns < outer
+                within = column + j * blocks.outer + at.column * blocks.columns < outer
                 totals, beside = ([jnp.where(within, v, 0.0) for v in values] for values in (totals, beside))
             values = epilogue(totals, beside)
-            store(i, [_folded(value, width) for value, width in zip(values, n_columns, strict=True)])
+            store(at, [_folded(value, width) for value, width in zip(values, n_columns, strict=True)])
 
-        def each(body: Callable[[Any], None]) -> None:
-            """For all columns of those rows of the tile among which are the group's."""
+        def each(heights: Sequence[int], body: Callable[[Place], None]) -> None:
+            """For all columns of those rows of the tile among which are the group's, in as few and as high parts as will do."""
             first = jnp.maximum(first_G[group] - tile_S[s] * blocks.rows, 0)
             end = jnp.minimum(end_G[group] - tile_S[s] * blocks.rows, blocks.rows)
-            low, high = lax.div(first, blocks.height), lax.div(end + blocks.height - 1, blocks.height)
-            lax.fori_loop(low * iterations, high * iterations, lambda i, _: body(i), None)
+            _walk(first, end, heights, iterations, body)
 
-        def part(w: Any, i: Any) -> jax.Array:
-            rows_at, at = place(i, blocks.columns)
-            return _product(x[rows_at, :], w[at, :] if transposed else w[:, at], k, inner, blocks, transposed)
+        def part(w: Any, at: Place) -> jax.Array:
+            rows_at, columns_at = place(at, blocks.columns)
+            return _product(x[rows_at, :], w[columns_at, :] if transposed else w[:, columns_at], k, inner, blocks, transposed)
 
-        def add(w: Any, total: Any, i: Any) -> None:
-            at = place(i, blocks.columns)
-            total[at] = part(w, i) if n_inner == 1 else jnp.where(k > 0, total[at], 0.0) + part(w, i)
+        def add(w: Any, total: Any, at: Place) -> None:
+            total_at = place(at, blocks.columns)
+            total[total_at] = part(w, at) if n_inner == 1 else jnp.where(k > 0, total[total_at], 0.0) + part(w, at)
 
         @pl.when(group < n_groups)
         def compute() -> None:
+            heights = blocks.height, *blocks.pieces
             if not sums:
-                return each(lambda i: finish(i, [part(ws[0], i)]))
+                return each(heights, lambda at: finish(at, [part(ws[0], at)]))
             for w, total in zip(ws, sums, strict=True):  # one after the other: registers hold the sums of one
-                each(partial(add, w, total))
-            pl.when(k == n_inner - 1)(lambda: each(lambda i: finish(i, [total[place(i, blocks.columns)] for total in sums])))
+                each(heights, partial(add, w, total))
+            pl.when(k == n_inner - 1)(
+                lambda: each(heights, lambda at: finish(at, [total[place(at, blocks.columns)] for total in sums]))
+            )
 
         @pl.when(group == n_groups)
         def clear() -> None:
-            zeros = [jnp.zeros((blocks.height, width), jnp.float32) for width in n_columns]
-            each(lambda i: store(i, zeros))
+            each([blocks.height], lambda at: store(at, [jnp.zeros((at.height, width), jnp.float32) for width in n_columns]))
 
     def x_at(j: Any, s: Any, k: Any, group_S: Any, tile_S: Any, *_: Any) -> Any:
         return tile_S[s], k
@@ -190,113 +254,124 @@ def products(
     sides = (blocks.outer, blocks.inner) if transposed else (blocks.inner, blocks.outer)
     shapes = [(rows, n_outer * iterations * partial_columns if out.partial else outer) for out in outs]
     results = [result(shape, out.dtype, x_RI, interpret) for shape, out in zip(shapes, outs, strict=True)]
-    call = pl.pallas_call(
+    one, row = pl.BlockSpec((blocks.rows, 1), first_at), pl.BlockSpec((blocks.rows, blocks.outer), row_at)
+    ins = [
+        pl.BlockSpec((blocks.rows, blocks.inner), x_at),
+        *(pl.BlockSpec((None, *sides), weight_at) for _ in weights),
+        *(one if v.shape[1] == 1 else row for v in extras),
+    ]
+    found = call(
         kernel,
-        out_shape=results,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(n_outer, work.size, n_inner),
-            in_specs=[
-                pl.BlockSpec((blocks.rows, blocks.inner), x_at),
-                *(pl.BlockSpec((None, *sides), weight_at) for _ in weights),
-                *(
-                    pl.BlockSpec((blocks.rows, 1), first_at)
-                    if v.shape[1] == 1
-                    else pl.BlockSpec((blocks.rows, blocks.outer), row_at)
-                    for v in extras
-                ),
-            ],
-            out_specs=[pl.BlockSpec((blocks.rows, iterations * width), row_at) for width in n_columns],
-            scratch_shapes=[pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)] * n_sums,
-        ),
-        compiler_params=_compiler(blocks, ("parallel", "arbitrary", "arbitrary")),
+        (n_outer, work.size, n_inner),
+        ("parallel", "arbitrary", "arbitrary"),
+        (work[:4], [x_RI, *weights, *extras], results),
+        (ins, [pl.BlockSpec((blocks.rows, iterations * width), row_at) for width in n_columns]),
+        [pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)] * n_sums,
+        streamed=blocks.streamed,
+        vmem_mib=blocks.vmem_mib,
         cost_estimate=estimate(2 * rows * inner * outer * len(weights), x_RI, *weights, *extras, *results),
         name=name,
         interpret=interpret,
     )
-    return tuple(call(*work[:4], x_RI, *weights, *extras))
+    return tuple(found)
 
 
 def outer_products(
-    x_RI: jax.Array, y_RO: jax.Array, count_E: jax.Array, *, dtype: Any, name: str, interpret: Any, blocks: Blocks | None = None
+    x_RI: jax.Array,
+    y_RO: jax.Array,
+    count_E: jax.Array,
+    *,
+    dtype: Any,
+    name: str,
+    interpret: Any,
+    blocks: OuterBlocks | None = None,
 ) -> jax.Array:
     """As `call.OuterProducts`."""
     (rows, inner), outer, n_groups = x_RI.shape, y_RO.shape[1], count_E.shape[0]
-    blocks = fit_outer(blocks or outer_blocks_of(chip()), rows, inner, outer)
-    height, columns = blocks.height, blocks.columns
+    blocks = blocks or outer_blocks_of(chip())
+    if x_RI.dtype == jnp.float32:
+        blocks = blocks._replace(inner=blocks.inner // 2)
+    blocks = fit_outer(blocks, rows, inner, outer)
     work = make_work(count_E, rows, blocks.rows, empty=True)
 
-    n_columns, n_heights = blocks.outer // columns, blocks.inner // height
-
-    def kernel(
-        group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, y: Any, w: Any, total: Any, x_IR: Any, y_RO: Any
-    ) -> None:
+    def kernel(group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, y: Any, w: Any, total: Any) -> None:
         s = pl.program_id(2)
         group = group_S[s]
-        row = lax.broadcasted_iota(jnp.int32, (blocks.rows, 1), 0) + tile_S[s] * blocks.rows
-        own = (row >= first_G[group]) & (row < end_G[group])
         before, after = group_S[jnp.maximum(s - 1, 0)], group_S[jnp.minimum(s + 1, work.group_S.shape[0] - 1)]
-        first, last = (s == 0) | (before != group), after != group
-        for i in range(n_heights):
-            at = slice(i * height, (i + 1) * height)
-            x_IR[at, :] = jnp.where(own, x[:, at], jnp.zeros((), x.dtype)).T
-        y_RO[...] = jnp.where(own, y[...], jnp.zeros((), y.dtype))
+        opens, closes, empty = (s == 0) | (before != group), after != group, first_G[group] == end_G[group]
+        first = jnp.maximum(first_G[group] - tile_S[s] * blocks.rows, 0)
+        end = jnp.minimum(end_G[group] - tile_S[s] * blocks.rows, blocks.rows)
+        whole = end - first == blocks.rows
 
-        def place(i: Any) -> tuple[Any, Any]:
-            start = pl.multiple_of(lax.div(i, n_columns) * height, height)
-            return pl.ds(start, height), _columns(lax.rem(i, n_columns), columns)
+        def add(fresh: Any, x_RI: jax.Array, y_RO: jax.Array) -> None:
+            total[...] = jnp.where(fresh, 0.0, total[...]) + dot(x_RI, y_RO, 0, 0)
 
-        def add(i: Any, _: None) -> None:
-            at = place(i)
-            total[at] = jnp.where(first, 0.0, total[at]) + dot(x_IR[at[0], :], y_RO[:, at[1]], 1, 0)
+        def add_all(_: Any, __: None) -> None:
+            add(opens, x[...], y[...])
 
-        def store(i: Any, _: None) -> None:
-            at = place(i)
-            w[at] = total[at].astype(w.dtype)
+        def add_own(at: Place) -> None:
+            row = lax.broadcasted_iota(jnp.int32, (at.height, 1), 0) + at.row
+            own = (row >= first) & (row < end)
+            parts = (jnp.where(own, v[pl.ds(at.row, at.height), :], jnp.zeros((), v.dtype)) for v in (x, y))
+            add(opens & (at.row <= first), *parts)
 
-        lax.fori_loop(0, n_heights * n_columns, add, None, unroll=blocks.unroll)
-        pl.when(last)(lambda: lax.fori_loop(0, n_heights * n_columns, store, None))
+        def store(_: Any, __: None) -> None:
+            w[...] = total[...].astype(w.dtype)
+
+        def clear(_: Any, __: None) -> None:
+            w[...] = jnp.zeros(w.shape, w.dtype)
+
+        _when(whole, add_all)
+        _walk(first, jnp.where(whole, first, end), blocks.pieces, 1, add_own)
+        _when(closes & ~empty, store)
+        _when(empty, clear)
 
     sums = result((n_groups, inner, outer), dtype, x_RI, interpret)
-    call = pl.pallas_call(
+    ins = [
+        pl.BlockSpec((blocks.rows, blocks.inner), lambda i, j, s, group_S, tile_S, *_: (tile_S[s], i)),
+        pl.BlockSpec((blocks.rows, blocks.outer), lambda i, j, s, group_S, tile_S, *_: (tile_S[s], j)),
+    ]
+    out = pl.BlockSpec((None, blocks.inner, blocks.outer), lambda i, j, s, group_S, *_: (group_S[s], i, j))
+    (found,) = call(
         kernel,
-        out_shape=sums,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer), work.size),
-            in_specs=[
-                pl.BlockSpec((blocks.rows, blocks.inner), lambda i, j, s, group_S, tile_S, *_: (tile_S[s], i)),
-                pl.BlockSpec((blocks.rows, blocks.outer), lambda i, j, s, group_S, tile_S, *_: (tile_S[s], j)),
-            ],
-            out_specs=pl.BlockSpec((None, blocks.inner, blocks.outer), lambda i, j, s, group_S, *_: (group_S[s], i, j)),
-            scratch_shapes=[
-                pltpu.VMEM((blocks.inner, blocks.outer), jnp.float32),
-                pltpu.VMEM((blocks.inner, blocks.rows), x_RI.dtype),
-                pltpu.VMEM((blocks.rows, blocks.outer), y_RO.dtype),
-            ],
-        ),
-        compiler_params=_compiler(blocks, ("parallel", "parallel", "arbitrary")),
+        (pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer), work.size),
+        ("parallel", "parallel", "arbitrary"),
+        (work[:4], [x_RI, y_RO], [sums]),
+        (ins, [out]),
+        [pltpu.VMEM((blocks.inner, blocks.outer), jnp.float32)],
+        streamed=blocks.streamed,
+        vmem_mib=blocks.vmem_mib,
         cost_estimate=estimate(2 * rows * inner * outer, x_RI, y_RO, sums),
         name=name,
         interpret=interpret,
     )
-    return call(*work[:4], x_RI, y_RO)
+    return found
 
 
-def _compiler(blocks: Blocks, dimensions: Any) -> Any:
-    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=blocks.vmem_mib * MIB)
+def _walk(first: Any, end: Any, heights: Sequence[int], times: int, body: Callable[[Place], None]) -> None:
+    """`body` so many times for each part of the rows from first to end, if any, in as few and as high parts as will do."""
+    least = heights[-1]
+    row = lax.div(first, least) * least
+    end = jnp.where(first < end, end, row)
+    for height in heights:
+        parts = lax.div(end - row + least - 1, height)
+
+        def run(i: Any, _: None, row: Any = row, height: int = height) -> None:
+            body(Place(pl.multiple_of(row + lax.div(i, times) * height, least), height, lax.rem(i, times)))
+
+        lax.fori_loop(0, parts * times, run, None)
+        row = row + parts * height
+
+
+def _when(condition: Any, body: Callable[[Any, None], None]) -> None:
+    """As a loop of one turn at most: a program's loops are counted apart, branches are not."""
+    lax.fori_loop(0, condition.astype(jnp.int32), body, None)
 
 
 def _folded(values: jax.Array, width: int) -> jax.Array:
     """Every `width` columns, added up."""
     first, *others = (values[:, start : start + width] for start in range(0, values.shape[1], width))
     return sum(others, start=first)
-
-
-def _cut(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
-    """In parts of these sizes, and the rest."""
-    ends = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
-    return [*(refs[a:b] for a, b in zip(ends, ends[1:], strict=False)), refs[ends[-1] :]]
 
 
 def _columns(i: Any, width: int) -> Any:

@@ -1,0 +1,75 @@
+"""How the grouped products' TPU kernels walk their grid: its blocks are brought for them, or they copy them themselves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv3_jax.kernels.tiles import LANES, MIB
+
+SUBLANES = 16
+
+
+def call(
+    kernel: Callable[..., None],
+    grid: tuple[Any, ...],
+    dimensions: Any,
+    arrays: tuple[Sequence[jax.Array], Sequence[jax.Array], Sequence[jax.ShapeDtypeStruct]],
+    blocks: tuple[Sequence[pl.BlockSpec], Sequence[pl.BlockSpec]],
+    scratch: Sequence[Any],
+    *,
+    streamed: bool,
+    vmem_mib: int,
+    **how: Any,
+) -> Sequence[jax.Array]:
+    """`kernel` for each step of a grid, one of whose sides is traced.
+
+    `arrays`: scalars that indices are made of, operands, results; `blocks`: of the latter two. `streamed`: where arrays are
+    whole tiles the kernel copies its blocks, on one core. Into what it allocates it gets tiles of 16 rows of bfloat16, each a
+    register; arrays, and blocks that are brought, have those of 8, two of which are put together whenever they are used.
+    """
+    (scalars, operands, results), (ins, outs) = arrays, blocks
+    shapes = [v.shape[-2:] for v in operands] + [v.shape[-2:] for v in results]
+    whole = all(tall % SUBLANES == 0 and wide % LANES in (0, 1) for tall, wide in shapes)
+    vmem = vmem_mib * MIB
+    if not (streamed and whole):
+        spec = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars), grid=grid, in_specs=ins, out_specs=outs, scratch_shapes=scratch
+        )
+        params = pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=vmem)
+        return pl.pallas_call(kernel, results, grid_spec=spec, compiler_params=params, **how)(*scalars, *operands)
+
+    def stream(size: Any, *refs: Any) -> None:
+        numbers, sources, targets, kept = cut(refs, len(scalars), len(ins), len(outs))
+
+        def bound(spec: pl.BlockSpec) -> pl.BlockSpec:
+            place: Any = spec.index_map
+            return pl.BlockSpec(spec.block_shape, lambda *at: place(*at, *numbers))
+
+        steps = pltpu.emit_pipeline(
+            lambda *blocks: kernel(*numbers, *blocks, *kept),
+            grid=tuple(side if isinstance(side, int) else size[0] for side in grid),
+            in_specs=[bound(spec) for spec in ins],
+            out_specs=[bound(spec) for spec in outs],
+        )
+        steps(*sources, *targets)
+
+    (size,) = (side for side in grid if not isinstance(side, int))
+    number, array = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        stream,
+        results,
+        in_specs=[number] * (1 + len(scalars)) + [array] * len(ins),
+        out_specs=[array] * len(outs),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem),
+        **how,
+    )(size[None], *scalars, *operands)
+
+
+def cut(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    """In parts of these sizes, and the rest."""
+    ends = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+    return [*(refs[a:b] for a, b in zip(ends, ends[1:], strict=False)), refs[ends[-1] :]]
