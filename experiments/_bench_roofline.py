@@ -78,7 +78,9 @@ def vmem_bytes(jaxpr: Any, name: str) -> int:
     grid, inner = named[0].params["grid_mapping"], named[0].params["jaxpr"].invars
     blocks = (2 * _bytes(mapping.block_aval) for mapping in grid.block_mappings)
     scratch = (_bytes(v.aval) for v in inner[len(inner) - grid.num_scratch_operands :])
-    return sum(blocks) + sum(scratch)
+    scopes = (e.params["jaxpr"] for e in _equations(named[0].params["jaxpr"]) if e.primitive.name == "run_scoped")
+    own = (_bytes(v.aval) for scope in scopes for v in scope.invars)  # of kernels that copy their blocks themselves
+    return sum(blocks) + sum(scratch) + sum(own)
 
 
 def names_of(jaxpr: Any) -> set[str]:
