@@ -17,6 +17,8 @@ DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["flo
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAMES = "q", "q_rope", "k", "k_rope", "v"
+# Scores [keys, queries], of two parts of a tile and pieces of two widths.
+TURNED = pallas_tpu.Blocks(queries=384, keys=512, tile=256, height=384, chunk=16, columns=256, part=128)
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +136,23 @@ def test_without_segments_a_query_sees_all_keys_up_to_its_position(implementatio
     check(implementation, jnp.bfloat16, ((1, 3, 270, 270, 16, 8, 16), None, 0, (1.0, 1.0)))
 
 
+@DTYPES
+def test_with_scores_turned_on_their_side(dtype, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", TURNED)
+    problem = SOME if dtype == jnp.float32 else ((1, 1, 500, 700, 16, 8, 16), None, 0, (1.0, 1.0))
+    check("pallas_tpu:interpret", dtype, problem)
+
+
+@pytest.mark.slow
+@DTYPES
+@settings(max_examples=6, deadline=None)
+@given(problem=problems())
+def test_turned_values_are_those_of_a_loop_over_queries(dtype, problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_tpu, "BLOCKS", TURNED)
+        check("pallas_tpu:interpret", dtype, problem)
+
+
 @pytest.mark.slow
 @DTYPES
 @EACH
@@ -213,12 +232,14 @@ def test_padding_gives_zeros_and_gets_none(implementation):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", [0, 128])
 @pytest.mark.parametrize("segments", [None, np.repeat([[1, 0, 2]], [60, 20, 120], axis=1)], ids=["whole", "documents"])
-def test_on_simulated_memory_without_a_race(segments, monkeypatch):
+def test_on_simulated_memory_without_a_race(segments, part, monkeypatch):
     """NaN in everything that was not written, an error for reads outside; races are counted."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    monkeypatch.setattr(pallas_tpu, "BLOCKS", pallas_tpu.Blocks(queries=128, keys=128, tile=128, height=128, chunk=128))
+    blocks = pallas_tpu.Blocks(queries=128, keys=128, tile=128, height=128, chunk=128, part=part)
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", blocks)
     monkeypatch.setattr(pallas_tpu_backward, "BLOCKS", pallas_tpu_backward.Blocks(block=128, tile=128, chunk=128))
     check("pallas_tpu:simulate", jnp.float32, ((1, 2, 180, 200, 16, 8, 16), segments, 0, (1.0, 1.0)))
     assert not interpret_pallas_call.races.races_found
