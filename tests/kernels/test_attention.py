@@ -136,6 +136,12 @@ def test_without_segments_a_query_sees_all_keys_up_to_its_position(implementatio
     check(implementation, jnp.bfloat16, ((1, 3, 270, 270, 16, 8, 16), None, 0, (1.0, 1.0)))
 
 
+@pytest.mark.parametrize("segments", [None, np.repeat([[1, 0, 2]], [60, 20, 420], axis=1)], ids=["whole", "documents"])
+def test_what_a_square_tile_on_the_diagonal_leaves_out_nobody_sees(segments, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", TURNED._replace(queries=256, height=256, columns=128))
+    check("pallas_tpu:interpret", jnp.float32, ((1, 1, 500, 500, 16, 8, 16), segments, 0, (1.0, 1.0)))
+
+
 @DTYPES
 def test_with_scores_turned_on_their_side(dtype, monkeypatch):
     monkeypatch.setattr(pallas_tpu, "BLOCKS", TURNED)

@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 # What needed the fewest bundles, see `experiments.bench_kernels`; other chips as v5p.
 BLOCKS = Blocks()
 TURNED = Blocks(keys=8192, tile=1024, height=1024, chunk=16, vmem_mib=60, columns=256, part=512)
-BLOCKS_OF_CHIP = dict.fromkeys(("TPU v6 lite", "TPU7x"), TURNED)
+BLOCKS_OF_CHIP = {"TPU v6 lite": TURNED._replace(columns=512), "TPU7x": TURNED}
 
 
 def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None) -> tuple[jax.Array, jax.Array]:
@@ -59,6 +59,7 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
     q, q_rope = (padded(x, block_T) for x in (q, q_rope))
     k, k_rope, v = (padded(x, block_S) for x in (k, k_rope, v))
     offset, tiles = S - T, block_S // tile
+    square = block_T == tile and offset % tile == 0  # the one tile on the diagonal begins with the block's first query
     n_T, n_S = q.shape[2] // block_T, k.shape[2] // block_S
     segments = [] if segments_BS is None else rows_of_segments(segments_BS, offset, block_T, block_S)
 
@@ -106,13 +107,17 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
             ends = [*range(left, left + width, blocks.columns), left + width]
             pieces = [slice(*two) for two in pairwise(ends)]
             parts = [(slice(n, n + part), pl.ds(pl.multiple_of(t * tile + n, LANES), part)) for n in range(0, tile, part)]
+
+            def seeing(of_part: slice) -> list[slice]:
+                return [at for at in pieces if not (diagonal and square and at.stop <= of_part.start)]
+
             for of_part, keys in parts:
-                for at in pieces:
+                for at in seeing(of_part):
                     scores[of_part, at] = dot(beside(k[keys, :], k_rope[keys, :]), beside(q[at, :], q_rope[at, :]), 1, 1)
             for of_part, keys in parts:
-                for at in pieces:
+                for at in seeing(of_part):
                     shape, seen = (part, at.stop - at.start), []
-                    if diagonal:
+                    if diagonal and not (square and at.start >= of_part.stop - 1):
                         query = lax.broadcasted_iota(jnp.int32, shape, 1) + (offset + i * block_T + at.start)
                         seen += [lax.broadcasted_iota(jnp.int32, shape, 0) + (j * block_S + t * tile + of_part.start) <= query]
                     if segments:
@@ -131,7 +136,7 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
                         weights[rows, at] = p.astype(weights.dtype)
                     total[:, at] = total[:, at] * shrunk + more
                     sums[:, at] = sums[:, at] * shrunk
-                for at in pieces:
+                for at in seeing(of_part):
                     sums[:, at] += dot(v[keys, :], weights[of_part, at], 0, 0)
 
         add_tile = add_turned if turned else add
