@@ -44,6 +44,10 @@ def forward_cost(length: int, blocks: pallas_tpu.Blocks, heads: int = HEADS) -> 
     block_s = min(blocks.keys, -(-length // tile) * tile)
     n_t, n_s, tiles = -(-length // block), -(-length // block_s), block_s // tile
     tops = range(0, block, height)
+    on_diagonal = height * tile
+    if blocks.part and block == tile == height:  # pieces of queries that see no key of a part are left out
+        parts, pieces = range(0, tile, blocks.part), range(0, height, blocks.columns)
+        on_diagonal = sum(blocks.part * blocks.columns for first in parts for left in pieces if left + blocks.columns > first)
     whole_runs, some_runs, pairs = 0, [0] * len(tops), 0
     for i in range(n_t):
         for j in range(n_s):
@@ -53,7 +57,7 @@ def forward_cost(length: int, blocks: pallas_tpu.Blocks, heads: int = HEADS) -> 
             extra = [max(n - whole, 0) for n in some]
             whole_runs += whole
             some_runs = [a + b for a, b in zip(some_runs, extra, strict=True)]
-            pairs += whole * block * tile + sum(extra) * height * tile
+            pairs += whole * block * tile + sum(extra) * on_diagonal
     steps = n_t * n_s
     ends = [] if n_s == 1 else [1 / n_s]  # else they are part of every step
     trips = (*ends, whole_runs / steps, *(n / steps for n in some_runs), *ends)
