@@ -27,7 +27,7 @@ from dsv3_jax.analysis.metrics import max_violation
 from dsv3_jax.analysis.routing import dead_experts, expert_load
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.precision import SERVING
-from dsv3_jax.inference.score import InMemory, Streamed
+from dsv3_jax.inference.score import InMemory, Streamed, check_tokens
 from dsv3_jax.inference.text import folder_tokenizer
 from dsv3_jax.interop.digest import model_digest
 from dsv3_jax.interop.read import load_bias, load_parameters
@@ -90,11 +90,13 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         text = read_text(
             data_of(values.data, values.seq_len, values.domain_from, values.text_field), tokenizer, values.max_tokens
         )
-    writer = writer_of(out, source, text, model, batch_tokens, values)
+    check_tokens(np.asarray(text.tokens_N)[None], source.config)
+    tracer = tracer_of(source, values)
+    writer = writer_of(out, source, text, model, batch_tokens, values)  # last: what is begun belongs to these flags
     if writer.done:
         print(f"continuing {out}.part after {writer.done} batches", file=sys.stderr)
     try:
-        trace(tracer_of(source, values), text, writer, batch_tokens, forced, progress=True)
+        trace(tracer, text, writer, batch_tokens, forced, progress=True)
     except KeyboardInterrupt:
         print(f"\nwhat is written stays in {out}.part; the same command continues it", file=sys.stderr)
         raise

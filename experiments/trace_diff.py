@@ -28,12 +28,12 @@ def main(values: flags.FlagValues = flags.FLAGS) -> int:
         if not getattr(values, name):
             raise ValueError(f"--{name}: expected a folder, got none")
     folder = Path(values.out)
-    _cli.make_folder(folder)
     found = diff.compare(open_trace(values.a), open_trace(values.b))
+    print(diff.table(found))
+    _cli.make_folder(folder)
     command = f"python -m experiments.trace_diff --a={values.a} --b={values.b} --out={values.out}"
     write_json(folder / "diff.json", {"command": command, **found})
     save(diff.draw(found), folder / "diff.png")
-    print(diff.table(found))
     print(f"diff: {folder}")
     return 0
 

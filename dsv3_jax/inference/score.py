@@ -304,10 +304,10 @@ def _with_depths(supply: Supply, tokens: np.ndarray, hidden_BTD: Array, main: Sc
 def mapped_array(path: Path, flag: str) -> np.ndarray:
     """The array of an .npy file that `flag` names. Raises ValueError, one line, if it is none."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # what a header promises is not allocated
+        return np.lib.format.open_memmap(path, mode="r")  # allocates nothing that a header promises; no archives, no pickles
     except FileNotFoundError:
         raise ValueError(f"{flag}: no file {path}") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header is read as Python, and raises whatever the parser, mmap or dtype raise
         raise ValueError(f"{flag}: {path} is no .npy file: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -55,12 +55,12 @@ def tokens_of(text: Text, batch: Batch) -> Int[np.ndarray, "B T"]:
 
 
 def forced_by(trace: RoutingTrace, batch: Batch) -> Int[np.ndarray, "L B T K"]:
-    """The trace's experts of a batch; none, which leaves the router free, for padding."""
+    """The trace's experts of a batch; none, which leaves the router free, for padding. Raises ValueError for damaged ones."""
     about = trace.about
     forced = np.full((batch.rows, batch.length, len(about.layers), about.top_k), about.n_experts, np.int32)
     for row, i in zip(forced, batch.sequences, strict=False):
         place = trace.text.sequence(i)
-        row[: place.stop - place.start] = trace.choices.experts_NLK[place]
+        row[: place.stop - place.start] = trace.experts_of(place)
     return np.ascontiguousarray(forced.transpose(2, 0, 1, 3))
 
 
@@ -253,10 +253,16 @@ def trace(
 ) -> None:
     """Runs what is left of the text, and finishes the writer's trace; `forced` must be of the same text.
 
-    Raises ValueError for tokens that the model does not have.
+    Raises ValueError for tokens that the model does not have, damaged experts to use, and for a trace begun in other batches.
     """
     check_tokens(np.asarray(text.tokens_N)[None], tracer.config)
     todo = batches(text, batch_tokens, tracer.ranks)
+    done = sum(int(text.lengths[list(batch.sequences)].sum()) for batch in todo[: writer.done])
+    if writer.done > len(todo) or writer.written != done:
+        begun = f"{writer.written} tokens in {writer.done} batches"
+        raise ValueError(
+            f"--out: expected {done} tokens in the first {writer.done} of {len(todo)} batches, got {begun}; remove it"
+        )
     with tqdm(total=len(text.tokens_N), desc="tokens", unit="token", disable=not progress, dynamic_ncols=True) as bar:
         for number, batch in enumerate(todo):
             places = [text.sequence(i) for i in batch.sequences]

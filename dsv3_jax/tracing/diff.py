@@ -28,7 +28,8 @@ def check_comparable(a: RoutingTrace, b: RoutingTrace) -> None:
 def compare(a: RoutingTrace, b: RoutingTrace) -> dict[str, Any]:
     """JSON-able. Of each layer, domain and bin of a's margin: `tokens` counted, `flipped`, the share of them of which the set
     of experts differs, and by layer `agreement`, the mean share of experts in common, and `first`, the share whose first
-    expert differs. What is none in either is not counted; a share of nothing is None. Raises ValueError as `check_comparable`.
+    expert differs. What is none in either is not counted; a share of nothing is None. Raises ValueError as `check_comparable`,
+    and for damaged experts or margins.
     """
     check_comparable(a, b)
     n_layers, n_domains = len(a.about.layers), len(a.text.domains)
@@ -38,7 +39,7 @@ def compare(a: RoutingTrace, b: RoutingTrace) -> dict[str, Any]:
     flipped_B, counted_B = (np.zeros(len(MARGINS), np.int64) for _ in range(2))
     for start in range(0, a.n_tokens, CHUNK):
         at = slice(start, start + CHUNK)
-        ours, theirs = (np.asarray(t.choices.experts_NLK[at], np.int32) for t in (a, b))
+        ours, theirs = (t.experts_of(at) for t in (a, b))
         counted: Any = ((ours < a.about.n_experts) & (theirs < a.about.n_experts)).all(axis=-1)
         common = (ours[..., :, None] == theirs[..., None, :]).any(axis=-1).sum(axis=-1)
         flipped = counted & (common < a.about.top_k)
@@ -50,6 +51,8 @@ def compare(a: RoutingTrace, b: RoutingTrace) -> dict[str, Any]:
             flipped_LM[:, m] += flipped[own].sum(axis=0)
             counted_LM[:, m] += counted[own].sum(axis=0)
         margin = np.asarray(a.choices.margins_NL[at], np.float32)
+        if (margin < 0).any():
+            raise ValueError(f"margins: expected none below 0, got {np.nanmin(margin)}; the trace is damaged, make it again")
         known = counted & ~np.isnan(margin)
         bins = np.digitize(margin[known], MARGINS) - 1
         counted_B += np.bincount(bins, minlength=len(MARGINS))

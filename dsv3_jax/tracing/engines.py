@@ -17,9 +17,14 @@ Rows = Literal["routers", "all"]
 
 
 def to_engine(trace: RoutingTrace, sequence: int, rows: Rows = "routers") -> Int[np.ndarray, "T L K"]:
-    """int32 [T, layers, K] of the main model's layers; -1 in dense ones, where there is a row for `all`."""
+    """int32 [T, layers, K] of the main model's layers; -1 for none: where no router chose, and in dense layers, where there is
+    a row for `all`. Raises ValueError, one line, for a sequence that the trace does not have, and for damaged experts."""
+    n = len(trace.text.lengths)
+    if not 0 <= sequence < n:
+        raise ValueError(f"sequence: expected 0..{n - 1}, got {sequence}")
     main = [i for i, name in enumerate(trace.about.layers) if name.isdigit()]
-    found = np.asarray(trace.choices.experts_NLK[trace.text.sequence(sequence)][:, main], np.int32)
+    found = trace.experts_of(trace.text.sequence(sequence))[:, main]
+    found[found == trace.about.n_experts] = -1
     if rows == "routers":
         return found
     out = np.full((len(found), int(trace.about.config["num_hidden_layers"]), trace.about.top_k), -1, np.int32)
@@ -37,11 +42,11 @@ def from_engine(
     source: str = "a serving engine",
     domains: Sequence[str] | None = None,
 ) -> None:
-    """Writes a trace of these requests: of each its `tokens`, integers [T], and `experts`, as above.
+    """Writes a trace of these requests: of each its `tokens`, integers [T], at least one, and `experts`, as above.
 
-    Layers and last tokens that an engine left out are none; gates and margins are NaN.
+    Layers and last tokens that an engine left out, or has -1 for, are none; gates and margins are NaN.
 
-    Raises ValueError, one line, for arrays that do not fit their tokens or the model.
+    Raises ValueError, one line, for arrays that do not fit their tokens or the model, before anything is written.
     """
     if len(tokens) != len(experts) or not len(tokens):
         raise ValueError(f"experts: expected an array for each of {len(tokens)} requests, at least one, got {len(experts)}")
@@ -49,16 +54,25 @@ def from_engine(
     if len(labels) != len(tokens):
         raise ValueError(f"domains: expected one for each of {len(tokens)} requests, got {len(labels)}")
     names = tuple(dict.fromkeys(labels))
-    bounds, at = np.cumsum([0, *map(len, tokens)]), np.arange(len(tokens))
-    ids = np.concatenate([np.asarray(t, np.int32) for t in tokens])
+    each = [_tokens(t, config, i) for i, t in enumerate(tokens)]
+    found = [_choices(e, len(t), config, i) for i, (t, e) in enumerate(zip(each, experts, strict=True))]
+    ids, bounds, at = np.concatenate(each), np.cumsum([0, *map(len, each)]), np.arange(len(each))
     text = Text(ids, bounds, at, np.array([names.index(label) for label in labels]), names)
     about = about_model(config, model=model, tokenizer=None, domains=names, source=source, batch_tokens=len(ids), how={})
     writer = Writer(folder, about, text)
-    writer.write(
-        [text.sequence(i) for i in at],
-        [_choices(e, len(t), config, i) for i, (t, e) in enumerate(zip(tokens, experts, strict=True))],
-    )
+    if not writer.done:
+        writer.write([text.sequence(i) for i in at], found)
     writer.finish()
+
+
+def _tokens(given: Any, config: ModelConfig, request: int) -> Int[np.ndarray, " T"]:
+    ids = np.asarray(given)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
+        raise ValueError(f"tokens of request {request}: expected integers [T], at least one, got {ids.dtype} {list(ids.shape)}")
+    if not 0 <= ids.min() <= ids.max() < config.vocab_size:
+        got = f"{ids.min()}..{ids.max()}"
+        raise ValueError(f"tokens of request {request}: expected 0..{config.vocab_size - 1}, got {got}")
+    return ids.astype(np.int32)
 
 
 def _choices(given: Any, n: int, config: ModelConfig, request: int) -> Choices:
@@ -68,9 +82,16 @@ def _choices(given: Any, n: int, config: ModelConfig, request: int) -> Choices:
     if not fits or given.shape[1] not in layers or given.shape[2] != k:
         expected = f"integers [{n} or {n - 1} tokens, {layers[0]} or {layers[1]} layers, {k}]"
         raise ValueError(f"experts of request {request}: expected {expected}, got {given.dtype} {list(given.shape)}")
-    rows = given[:, -config.n_main_moe_layers :].astype(np.int64)  # dense layers come first
-    if rows.size and (rows.min() < -1 or rows.max() >= none):
+    rows = given[:, given.shape[1] - config.n_main_moe_layers :]  # dense layers come first
+    if rows.size and not -1 <= rows.min() <= rows.max() < none:
         raise ValueError(f"experts of request {request}: expected -1..{none - 1}, got {rows.min()}..{rows.max()}")
+    rows = rows.astype(np.int64)
+    low_first = np.sort(rows, axis=-1)
+    repeated = (low_first[..., 1:] == low_first[..., :-1]).any(axis=-1)
+    wrong = (low_first[..., -1] >= 0) & (repeated | (low_first[..., 0] < 0))
+    if wrong.any():
+        got = rows[wrong][0].tolist()
+        raise ValueError(f"experts of request {request}: expected {k} different ones of a token, or -1 for all, got {got}")
     experts = np.full((n, config.n_moe_layers, config.num_experts_per_tok), none, expert_dtype(none))
     experts[: len(rows), : config.n_main_moe_layers] = np.where(rows < 0, none, rows)
     unknown = np.full(experts.shape, np.nan, np.float16)

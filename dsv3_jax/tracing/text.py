@@ -65,7 +65,14 @@ def _of_array(path: Path, size: int, most: int | None) -> Text:
     rows = mapped_array(path, "--data")
     if rows.ndim != 2 or rows.dtype.kind not in "iu":
         raise ValueError(f"--data: {path}: expected integers [sequences, T], got {rows.dtype} {list(rows.shape)}")
-    return _windows((("tokens", np.asarray(row, np.int32)) for row in rows), size, most)
+    return _windows((("tokens", _int32(row, path)) for row in rows), size, most)
+
+
+def _int32(ids: np.ndarray, path: Path) -> np.ndarray:
+    largest = np.iinfo(np.int32).max
+    if ids.size and not 0 <= ids.min() <= ids.max() <= largest:  # it would wrap, and be another token
+        raise ValueError(f"--data: {path}: expected token ids 0..{largest}, got {ids.min()}..{ids.max()}")
+    return np.asarray(ids, np.int32)
 
 
 def data_of(corpus: str, seq_len: int, domain_from: str = "path", text_field: str = "text") -> DataConfig:

@@ -23,7 +23,7 @@ def training_batch(
     int32 `tokens`, `segment_ids` (0: padding) and `domain_ids` [B, S], and `forced` [B, S - 1, L, K], the experts of all but a
     row's last token, which is a target alone. S: `length`, or the longest sequence's. `tokens`: what the caller takes the
     sequences to be. Raises ValueError, one line, for a trace of another architecture, other tokens, a sequence that it does not
-    have, that is longer than `length`, or that predicts nothing.
+    have, that is longer than `length`, or that predicts nothing, and for damaged experts.
     """
     check_replay(forced, config)
     text, about = forced.text, forced.about
@@ -45,5 +45,5 @@ def training_batch(
         if tokens is not None and not np.array_equal(tokens[row], text.tokens_N[place]):
             raise ValueError(f"tokens of row {row}: expected those of the trace's sequence {i}, got others")
         ids[row, :n], segments[row, :n], domains[row, :n] = text.tokens_N[place], 1, text.domain_of[i]
-        experts[row, :n] = forced.choices.experts_NLK[place]
+        experts[row, :n] = forced.experts_of(place)
     return {"tokens": ids, "segment_ids": segments, "domain_ids": domains, "forced": experts[:, :-1]}

@@ -74,6 +74,26 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_a_mistake_leaves_nothing_that_the_corrected_command_meets(tmp_path, tokens):
+    wrong = tmp_path / "wrong.npy"
+    np.save(wrong, np.array([[1, 2**20]]))
+    checkpoint, out = f"--checkpoint={DATA / 'base'}", f"--out={tmp_path / 'a'}"
+    for arguments, message in (
+        ([f"--data={wrong}"], f"tokens: expected 0.*, got {2**20}"),
+        ([f"--data={tokens}", "--set=lay=out"], "--set: expected one of .*, got 'lay'"),
+        ([f"--data={tokens}", "--set=mesh_expert=4096"], "4096"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            run(trace, checkpoint, out, *arguments)
+        assert "\n" not in str(error.value) and {path.name for path in tmp_path.iterdir()} == {"wrong.npy", "tokens.npy"}
+
+
+def test_a_difference_that_there_is_none_of_makes_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="expected the folder of a routing trace"):
+        run(trace_diff, f"--a={tmp_path / 'none'}", f"--b={tmp_path}", f"--out={tmp_path / 'd'}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_replay_of_another_checkpoint_has_to_be_asked_for(tmp_path, tokens):
     a = tmp_path / "a"
     run(trace, f"--checkpoint={DATA / 'base'}", f"--data={tokens}", f"--out={a}")
@@ -86,6 +106,7 @@ def test_a_replay_of_another_checkpoint_has_to_be_asked_for(tmp_path, tokens):
         run(trace, f"--checkpoint={DATA / 'mtp'}", f"--replay={a}", f"--out={tmp_path / 'c'}")
 
 
+@pytest.mark.slow
 def test_the_programs_run_as_commands(tmp_path, tokens):
     def command(name, *arguments):
         words = [sys.executable, "-m", f"experiments.{name}", *arguments]

@@ -1,5 +1,6 @@
 """Traces of the tiny checkpoints against another implementation's choices; a pass and its replay are bitwise the same."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from dsv3_jax.inference.loaded import load
 from dsv3_jax.inference.score import InMemory, Streamed
 from dsv3_jax.interop.source import open_source
+from dsv3_jax.model.module import init_variables
+from dsv3_jax.presets import preset
 from dsv3_jax.tracing import capture
 from dsv3_jax.tracing.capture import ByLayer, Whole, batches, check_replay, has_groups, replayed, trace
 from dsv3_jax.tracing.store import Text, Writer, about_model, open_trace
@@ -97,7 +100,7 @@ def test_margins_groups_and_scores_are_of_the_biased_scores(tmp_path):
         assert (worst >= best - 2e-3).all()
 
 
-@pytest.mark.parametrize("kind", ["whole", "streamed", "mesh"])
+@pytest.mark.parametrize("kind", ["whole", "streamed", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_a_replay_is_bitwise_the_pass_it_came_from(tmp_path, kind):
     placement = placement_of("report", 16, mesh_data=2, mesh_expert=4) if kind == "mesh" else None
     tracer = whole("mtp") if kind == "whole" else by_layer("mtp", placement=placement)
@@ -126,6 +129,7 @@ def test_a_forced_pass_uses_the_trace_s_experts_and_its_own_gates(tmp_path):
     np.testing.assert_array_equal(forced.choices.gates_NLK, first.choices.gates_NLK)  # the bias is in no gate
 
 
+@pytest.mark.slow
 def test_streamed_and_whole_models_choose_alike(tmp_path):
     tracer = whole("mtp", scores=True)
     text = some_text(tracer.config.vocab_size)
@@ -177,3 +181,48 @@ def test_an_interrupted_trace_goes_on_where_it_was(tmp_path, monkeypatch):
     found, once = traced(tmp_path / "t", Stops(), text), traced(tmp_path / "once", tracer, text)
     assert len(runs) == 1 + len(batches(text, 64))
     np.testing.assert_array_equal(found.choices.experts_NLK, once.choices.experts_NLK)
+
+
+def test_what_was_begun_in_other_batches_is_not_continued(tmp_path):
+    tracer = whole("base")
+    text = some_text(tracer.config.vocab_size)
+
+    class Stops:
+        config, scores, ranks = tracer.config, False, 1
+
+        def run(self, *given):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        traced(tmp_path / "t", Stops(), text)
+    progress = tmp_path / "t.part" / "progress.json"
+    for batch, tokens, done, of in ((1, 23, 22, 2), (2, 22, 69, 2), (3, 69, 69, 2)):
+        progress.write_text(json.dumps({"batches": batch, "tokens": tokens}))
+        expected = f"--out: expected {done} tokens in the first {batch} of {of} batches, got {tokens} tokens in {batch} batches"
+        with pytest.raises(ValueError, match=expected):
+            traced(tmp_path / "t", tracer, text)
+
+
+def test_a_replay_of_damaged_experts_is_one_line(tmp_path):
+    tracer = whole("base")
+    first = traced(tmp_path / "first", tracer, some_text(tracer.config.vocab_size))
+    experts = first.choices.experts_NLK.copy()
+    experts[-1, -1, 0] = tracer.config.n_routed_experts + 1
+    damaged = replace(first, choices=first.choices._replace(experts_NLK=experts))
+    with pytest.raises(ValueError, match="experts: expected 0.*; the trace is damaged"):
+        list(replayed(tracer, damaged))
+
+
+def test_every_depth_looks_as_far_ahead_and_lacks_as_many_rows(tmp_path):
+    config = replace(preset("tiny").model, num_hidden_layers=2, num_nextn_predict_layers=2)
+    variables, rng = init_variables(config), np.random.default_rng(0)
+    text = text_of([rng.integers(0, 99, n) for n in (1, 2, 3, 16)])
+    a = traced(tmp_path / "a", Whole(variables.params, variables.bias_LE, config), text)
+    b = traced(tmp_path / "b", ByLayer(InMemory(variables.params, variables.bias_LE, config)), text)
+    np.testing.assert_array_equal(a.choices.experts_NLK, b.choices.experts_NLK)
+    for i, n in enumerate(text.lengths.tolist()):
+        place = text.sequence(i)
+        for k in (1, 2):
+            row, expected = config.n_main_moe_layers + k - 1, [False] * max(0, n - k) + [True] * min(n, k)
+            assert (a.choices.experts_NLK[place, row] == config.n_routed_experts).all(axis=-1).tolist() == expected
+            assert np.isnan(a.choices.margins_NL[place, row]).tolist() == expected

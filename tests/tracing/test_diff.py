@@ -1,5 +1,7 @@
 """The difference of two traces: against loops over tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -76,3 +78,41 @@ def test_other_texts_and_other_models_are_refused():
         diff.compare(a, RoutingTrace(b.about, other, b.choices))
     with pytest.raises(ValueError, match="expected the same n_experts, got 16 and 17"):
         diff.compare(a, RoutingTrace(about(n_routed_experts=17, n_group=1, topk_group=1), b.text, b.choices))
+    for changes, what in (({"num_experts_per_tok": 3}, "top_k"), ({"num_hidden_layers": 4}, "layers")):
+        with pytest.raises(ValueError, match=f"expected the same {what}"):
+            diff.compare(a, RoutingTrace(about(**changes), b.text, b.choices))
+    cut = b.text._replace(starts=np.array([0, 9, 30, 50]))
+    with pytest.raises(ValueError, match="expected the same text"):
+        diff.compare(a, RoutingTrace(b.about, cut, b.choices))
+
+
+def test_other_weights_are_said():
+    a, b = traces()
+    assert diff.compare(a, b)["same_model"]
+    assert not diff.compare(a, RoutingTrace(replace(b.about, model="other"), b.text, b.choices))["same_model"]
+
+
+def test_what_only_the_second_trace_lacks_is_not_counted():
+    a, _ = traces()
+    experts = a.choices.experts_NLK.copy()
+    experts[:3, 0] = 16
+    found = diff.compare(a, RoutingTrace(a.about, a.text, a.choices._replace(experts_NLK=experts)))
+    assert found["by_layer"]["tokens"] == [47, 50, 48] and found["flipped"] == 0
+
+
+def test_tokens_without_a_margin_are_in_no_bin():
+    a, b = traces()
+    margins = a.choices.margins_NL.copy()
+    margins[:7, 1] = np.nan
+    found = diff.compare(RoutingTrace(a.about, a.text, a.choices._replace(margins_NL=margins)), b)
+    assert sum(found["by_margin"]["tokens"]) == 141 and sum(found["by_layer"]["tokens"]) == 148
+
+
+def test_margins_and_experts_that_no_router_has_are_one_line():
+    a, b = traces()
+    margins, experts = a.choices.margins_NL.copy(), a.choices.experts_NLK.copy()
+    margins[4, 1], experts[4, 1] = -0.5, 17
+    with pytest.raises(ValueError, match=r"margins: expected none below 0, got -0\.5; the trace is damaged"):
+        diff.compare(RoutingTrace(a.about, a.text, a.choices._replace(margins_NL=margins)), b)
+    with pytest.raises(ValueError, match=r"experts: expected 0\.\.16, got 0\.\.17; the trace is damaged"):
+        diff.compare(b, RoutingTrace(a.about, a.text, a.choices._replace(experts_NLK=experts)))

@@ -26,6 +26,13 @@ def test_documents_are_cut_into_windows_that_begin_with_bos(tmp_path):
     assert less.starts.tolist() == [0, 10, 15]
 
 
+def test_domains_are_numbered_as_they_appear(tmp_path):
+    rows = [("one", "a"), ("two", "a"), ("three", "b")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text, "kind": kind}) + "\n" for text, kind in rows))
+    text = read_text(data_of(str(tmp_path / "*.jsonl"), 99, "kind"), TOKENIZER, None)
+    assert text.domains == ("a", "b") and text.domain_of.tolist() == [0, 0, 1] and text.document_of.tolist() == [0, 1, 2]
+
+
 def test_tokens_need_no_tokenizer(tmp_path):
     np.save(tmp_path / "t.npy", np.arange(24).reshape(2, 12))
     text = read_text(data_of(str(tmp_path / "t.npy"), 8), None, None)
@@ -45,6 +52,9 @@ def test_the_embedded_corpus_gives_held_out_documents_of_all_domains():
         ("t.npy", np.zeros((2, 3)), r"expected integers \[sequences, T\], got float64 \[2, 3\]"),
         ("t.npy", np.zeros(3, int), r"got int64 \[3\]"),
         ("t.npy", np.zeros((0, 3), int), "expected at least one token, got none"),
+        ("t.npy", np.array([[1, 2**33]]), rf"t\.npy: expected token ids 0\.\.{2**31 - 1}, got 1\.\.{2**33}"),
+        ("t.npy", np.array([[1, 2**64 - 1]], np.uint64), rf"expected token ids 0\.\.{2**31 - 1}, got 1\.\.{2**64 - 1}"),
+        ("t.npy", np.array([[1, -1]]), r"expected token ids 0\.\.\d+, got -1\.\.1"),
         ("none.npy", np.zeros((2, 3), int), "--data: no file"),
         ("*.txt", np.zeros((2, 3), int), "no file matches"),
     ],
