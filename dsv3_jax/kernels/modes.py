@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-HOPPER = "H100", "H200", "H800", "H20"  # in the names of devices
+# In the names of devices: GPUs for whose memories blocks are chosen, and TPUs for whose smaller ones they are not.
+HOPPER = "H100", "H200", "H800", "H20"
+EARLY = "TPU v2", "TPU v3", "TPU v4"
 
 
 class Mode(NamedTuple):
@@ -63,14 +65,17 @@ def platform() -> str:
 
 
 def chosen(name: str, otherwise: str, on: str | None = None, *, possible: bool = True) -> str:
-    """`name`, or what "auto" stands for: the kernel on TPU and Hopper GPUs where it is `possible`, `otherwise` elsewhere.
+    """`name`, or what "auto" stands for: the kernel on TPUs from v5 on and Hopper GPUs where it is `possible`, `otherwise`
+    elsewhere.
 
     `on`: another platform than that of the device around.
     """
     if name != "auto":
         return name
     here = platform()
-    kernels = {"tpu": "pallas_tpu"}
-    if here != "gpu" or any(kind in chip() for kind in HOPPER):  # for whose memories blocks are chosen
+    kernels = {}
+    if here != "tpu" or not any(kind in chip() for kind in EARLY):
+        kernels["tpu"] = "pallas_tpu"
+    if here != "gpu" or any(kind in chip() for kind in HOPPER):
         kernels["gpu"] = "pallas_gpu"
     return kernels.get(on or here, otherwise) if possible else otherwise

@@ -15,7 +15,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.precision import attention_cache, products
 from dsv3_jax.fp8.quantize import Quantised, Quantiser
 from dsv3_jax.kernels.attention import api as kernel
-from dsv3_jax.kernels.modes import chosen
+from dsv3_jax.kernels.modes import chosen, platform
 from dsv3_jax.model.attention import attention_and_cache
 from dsv3_jax.model.layers import linear, rms_norm
 from dsv3_jax.model.rope import apply_rope, softmax_scale
@@ -123,12 +123,22 @@ def attention(
     return jnp.einsum("bhtw,hwd->btd", out_BHTW, params["o_proj"].astype(x_BTD.dtype))
 
 
+GPU_WIDTHS = 128 + 64 + 128  # of V3's heads, for which blocks on GPUs are chosen; each a power of two there
+
+
+def core_implementation(config: ModelConfig, on: str | None = None) -> str:
+    """What computes eqs. 10-11; `on`: another platform than that of the device around."""
+    widths = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+    fits = (on or platform()) != "gpu" or sum(1 << (width - 1).bit_length() for width in widths) <= GPU_WIDTHS
+    return chosen(config.attention_implementation, "blockwise", on, possible=config.attention == "mla" and fits)
+
+
 def _core(
     heads: Heads, segments_BT: Int[Array, "B T"] | None, config: ModelConfig, cache: Quantiser | None
 ) -> tuple[Float[Array, "B H T W"], Quantised | None]:
     """Eqs. 10-11 of rotated heads; and the output as `cache` rounds it, for the backward pass and for the projection after."""
     q, q_rope, k, k_rope, v = heads
-    how = chosen(config.attention_implementation, "blockwise", possible=config.attention == "mla")
+    how = core_implementation(config)
     if how == "blockwise":
         k_rope = jnp.broadcast_to(k_rope, (*k.shape[:3], k_rope.shape[-1]))
         q_BHTK, k_BGTK = jnp.concatenate([q, q_rope], axis=-1), jnp.concatenate([k, k_rope], axis=-1)

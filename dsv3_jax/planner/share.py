@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.kernels.modes import chosen
+from dsv3_jax.model.mla import core_implementation
 from dsv3_jax.model.module import model_spec
 from dsv3_jax.model.spec import Spec
 from dsv3_jax.moe.experts import chosen_implementation
@@ -185,8 +185,7 @@ def make_share(config: Config, chips: int, platform: str = "gpu") -> Share:
     model = config.model
     if model.fp8 is None:
         config = override(config, {"experts_implementation": chosen_implementation(model.experts_implementation, platform)})
-    how = chosen(model.attention_implementation, "blockwise", platform, possible=model.attention == "mla")
-    config = override(config, {"attention_implementation": how})
+    config = override(config, {"attention_implementation": core_implementation(model, platform)})
     if config.model.experts_implementation == "dense":
         raise ValueError("experts_implementation: dense computes every expert on every token, for tests; plan another one")
     if chips < 1:

@@ -204,12 +204,11 @@ def test_without_a_row_nothing_is_computed(implementation):
     np.testing.assert_array_equal(pull_back(y)[1], jnp.zeros_like(w))
 
 
+@pytest.mark.usefixtures("no_races")
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [[20, 0, 30, 13], [0, 0, 0, 1], [64, 0, 0, 0]])
 def test_on_simulated_memory_without_a_race(counts):
     """NaN in everything that was not written, an error for reads outside; races are counted."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
     rng, count = np.random.default_rng(0), jnp.asarray(counts, jnp.int32)
     x, dy = numbers(rng, (64, 128), jnp.float32), numbers(rng, (64, 128), jnp.float32)
     gate, up, down = (numbers(rng, (4, 128, 128), jnp.float32, 0.1) for _ in range(3))
@@ -224,7 +223,6 @@ def test_on_simulated_memory_without_a_race(counts):
 
     for ours, theirs in zip(run("pallas_tpu:simulate"), run("reference"), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not interpret_pallas_call.races.races_found
 
 
 def of_chip(function, *operands):
@@ -269,14 +267,12 @@ def test_kernels_that_copy_their_own_blocks_compute_the_same(monkeypatch):
     check_streamed("interpret", [70, 0, 33, 9], 128, 128, 256)  # whole blocks: a copy of fewer rows is no slice of known size
 
 
+@pytest.mark.usefixtures("no_races")
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [[20, 0, 30, 13], [0, 0, 0, 1], [64, 0, 0, 0]])
 def test_kernels_that_copy_their_own_blocks_do_so_without_a_race(monkeypatch, counts):
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
     streamed(monkeypatch)
     check_streamed("simulate", counts, 80, 128, 128)
-    assert not interpret_pallas_call.races.races_found
 
 
 @settings(max_examples=10, deadline=None)

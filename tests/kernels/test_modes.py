@@ -10,6 +10,10 @@ from dsv3_jax.kernels import modes
     [
         ("cpu", "cpu", "plain"),
         ("tpu", "TPU v5", "pallas_tpu"),
+        ("tpu", "TPU v5 lite", "pallas_tpu"),
+        ("tpu", "TPU v6 lite", "pallas_tpu"),
+        ("tpu", "TPU7x", "pallas_tpu"),
+        ("tpu", "TPU v4", "plain"),
         ("gpu", "NVIDIA H100 80GB HBM3", "pallas_gpu"),
         ("gpu", "NVIDIA H200", "pallas_gpu"),
         ("gpu", "NVIDIA A100-SXM4-40GB", "plain"),

@@ -1,6 +1,7 @@
 """Latent attention and its plain relatives against the float64 reference, at lengths of one query block and of several."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import causal_attention
 from dsv3_jax.model.layers import rms_norm
-from dsv3_jax.model.mla import attention, attention_spec
+from dsv3_jax.model.mla import attention, attention_spec, core_implementation
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
 from dsv3_jax.model.transformer import make_context
 from oracles import checks_attention
@@ -102,3 +103,13 @@ def test_released_attention_has_its_exact_number_of_weights():
     spec = attention_spec(ModelConfig())
     assert sum(math.prod(s.shape) for s in spec.values()) == 187_107_328
     assert set(attention_spec(ModelConfig(attention="gqa", num_key_value_heads=8))) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_heads_wider_than_v3_s_have_no_kernel_on_gpus_by_themselves():
+    """Blocks there are chosen for memories that V3's fill."""
+    for width, expected in ((128, "pallas_gpu"), (96, "pallas_gpu"), (192, "blockwise")):
+        config = replace(ModelConfig(), qk_nope_head_dim=width)
+        assert core_implementation(config, "gpu") == expected
+        assert core_implementation(config, "tpu") == "pallas_tpu"
+        assert core_implementation(replace(config, attention_implementation="pallas_gpu"), "gpu") == "pallas_gpu"
+    assert core_implementation(replace(ModelConfig(), attention="mha"), "tpu") == "blockwise"

@@ -53,7 +53,7 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
     blocks = blocks or BLOCKS_OF_CHIP.get(chip(), BLOCKS)
     block_T, tile = (min(size, up(side, LANES)) for size, side in ((blocks.queries, T), (blocks.tile, S)))
     block_S = min(blocks.keys, up(S, tile))
-    height, part = min(blocks.height, block_T), min(blocks.part, tile)
+    height, part = fitting(blocks.height, block_T, blocks.chunk), min(blocks.part, tile)
     turned, part = part > 0, part if part and tile % part == 0 else tile
     assert block_S % tile == 0 and block_T % height == 0 and (part if turned else height) % blocks.chunk == 0
     q, q_rope = (padded(x, block_T) for x in (q, q_rope))
@@ -211,6 +211,11 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
         interpret=interpret,
     )(q, q_rope, k, k_rope, v, *segments)
     return out[:, :, :T], lse[:, :, 0, :T]
+
+
+def fitting(height: int, block: int, chunk: int) -> int:
+    """The most rows, of whole chunks and at most `height`, of which a block has a whole number."""
+    return max(rows for rows in range(chunk, min(height, block) + 1, chunk) if block % rows == 0)
 
 
 def column_of(row: jax.Array) -> jax.Array:

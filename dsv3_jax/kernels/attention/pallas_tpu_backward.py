@@ -43,9 +43,19 @@ class Blocks(NamedTuple):
 BLOCKS = Blocks(columns=256)
 BLOCKS_OF_CHIP = {"TPU v6 lite": Blocks(wide=1024, columns=512), "TPU7x": Blocks(wide=1024, columns=256)}
 
+# What else is in VMEM with V3's heads of 128 + 64 and 128, about; in proportion with others.
+BLOCKS_MIB, V3_WIDTHS = 20, 320
+
 FLOAT32 = 1024  # of which longer blocks do not fit VMEM beside all that collects
 
 FIRST_OF_KEYS, LAST_OF_KEYS, LAST_OF_QUERIES = 1, 2, 4
+
+
+def span_of(blocks: Blocks, content: int, rotary: int, value: int, keys: int) -> int:
+    """How many queries' gradients fit VMEM beside all keys' rotary ones, which collect there too, and the blocks."""
+    numbers = (blocks.vmem_mib - BLOCKS_MIB * (content + rotary + value) / V3_WIDTHS) * MIB / 4
+    fit = int(numbers - rotary * keys) // (content + rotary)
+    return min(blocks.span, max(blocks.block, fit // blocks.block * blocks.block))
 
 
 def walk(n_T: int, n_S: int, block: int, offset: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
@@ -78,8 +88,9 @@ def backward(
     q, q_rope, k, k_rope, v, segments_BS, scale = operands
     (B, H, T, C), (S, W), R = q.shape, v.shape[2:], q_rope.shape[3]
     blocks = blocks or BLOCKS_OF_CHIP.get(chip(), BLOCKS)
-    if T > blocks.span:
-        return _in_spans(operands, lse_BHT, delta_BHT, d_out_BHTW, interpret, blocks)
+    span = span_of(blocks, C, R, W, S)
+    if T > span:
+        return _in_spans(operands, lse_BHT, delta_BHT, d_out_BHTW, interpret, blocks._replace(span=span))
     tile = min(blocks.tile, up(S, LANES))
     block = min(blocks.block, FLOAT32 if q.dtype == jnp.float32 else blocks.block, up(S, tile))
     wide_tile = blocks.wide if block % blocks.wide == 0 else tile

@@ -32,7 +32,7 @@ def call(
     """
     (scalars, operands, results), (ins, outs) = arrays, blocks
     shapes = [v.shape[-2:] for v in operands] + [v.shape[-2:] for v in results]
-    whole = all(tall % SUBLANES == 0 and wide % LANES in (0, 1) for tall, wide in shapes)
+    whole = all(tall % SUBLANES == 0 and (wide == 1 or wide % LANES == 0) for tall, wide in shapes)
     vmem = vmem_mib * MIB
     if not (streamed and whole):
         spec = pltpu.PrefetchScalarGridSpec(

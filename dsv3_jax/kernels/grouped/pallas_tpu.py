@@ -132,6 +132,13 @@ def blocks_of(kind: str, weights: int, transposed: bool, inner: int, wide: int) 
     return blocks._replace(rows=rows, height=min(rows, blocks.height))
 
 
+def of_float32(blocks: Blocks, weights: int) -> Blocks:
+    """Those that fit VMEM with numbers of twice the bytes."""
+    rows, outer = min(blocks.rows, TALL.rows // 2 // weights), min(blocks.outer, TALL.outer // 2)
+    height, columns = min(blocks.height, rows), min(blocks.columns, outer)
+    return blocks._replace(rows=rows, outer=outer, height=height, columns=columns)
+
+
 def outer_blocks_of(kind: str) -> OuterBlocks:
     return CHIPS.get(kind, V5P).outer
 
@@ -173,8 +180,8 @@ def products(
     outer = weights[0].shape[1 if transposed else 2]
     wide = sum(v.shape[1] > 1 for v in extras) + len(outs)
     blocks = blocks or blocks_of(chip(), len(weights), transposed, inner, wide)
-    if x_RI.dtype == jnp.float32:  # of twice the bytes
-        blocks = blocks._replace(outer=min(blocks.outer, TALL.outer), columns=min(blocks.columns, TALL.columns))
+    if x_RI.dtype == jnp.float32:
+        blocks = of_float32(blocks, len(weights))
     blocks = fit_products(blocks, rows, inner, outer)
     n_inner, n_outer = pl.cdiv(inner, blocks.inner), pl.cdiv(outer, blocks.outer)
     none = rows - count_E.sum(dtype=jnp.int32)  # a last group without weights, so that every row belongs to one
