@@ -133,9 +133,9 @@ def blocks_of(kind: str, weights: int, transposed: bool, inner: int, wide: int) 
 
 
 def of_float32(blocks: Blocks, weights: int) -> Blocks:
-    """Those that fit VMEM with numbers of twice the bytes."""
+    """Those that fit VMEM with numbers of twice the bytes, and what is spilled of them."""
     rows, outer = min(blocks.rows, TALL.rows // 2 // weights), min(blocks.outer, TALL.outer // 2)
-    height, columns = min(blocks.height, rows), min(blocks.columns, outer)
+    height, columns = min(blocks.height, rows), min(blocks.columns, LANES)
     return blocks._replace(rows=rows, outer=outer, height=height, columns=columns)
 
 
