@@ -131,7 +131,7 @@ class ModelConfig:
     compute_dtype: DTYPES = "bfloat16"
     fp8: Fp8Recipe | None = None  # null: linear layers in the compute dtype; the published run had the recipe's defaults
     remat: Literal["none", "report", "full"] = "report"
-    # auto: our kernels on TPU; elsewhere bucketed or ragged_dot, blockwise, top_k, views
+    # auto: our kernels on TPU and Hopper GPUs; elsewhere bucketed or ragged_dot, blockwise, top_k, views
     experts_implementation: EXPERTS = "auto"
     attention_implementation: ATTENTION = "auto"  # in training
     decode_implementation: DECODE = "auto"  # attention over a cache of latents
