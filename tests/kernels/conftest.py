@@ -4,21 +4,9 @@ import faulthandler
 
 import pytest
 
+from oracles.simulated import collected
+
 DEADLOCK_S = 900  # many times what the longest takes; a semaphore that nobody signals is waited for forever
-
-
-def collected(monkeypatch):
-    """The race detectors that the simulator makes from now on: one a kernel, of which it keeps the last alone."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
-
-    made, original = [], simulator.RaceDetectionState
-
-    def make(*arguments, **named):
-        made.append(original(*arguments, **named))
-        return made[-1]
-
-    monkeypatch.setattr(simulator, "RaceDetectionState", make)
-    return made
 
 
 @pytest.fixture
