@@ -138,9 +138,10 @@ def test_without_segments_a_query_sees_all_keys_up_to_its_position(implementatio
 
 
 @pytest.mark.parametrize("segments", [None, np.repeat([[1, 0, 2]], [60, 20, 420], axis=1)], ids=["whole", "documents"])
-def test_what_a_square_tile_on_the_diagonal_leaves_out_nobody_sees(segments, monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "BLOCKS", TURNED._replace(queries=256, height=256, columns=128))
-    check("pallas_tpu:interpret", jnp.float32, ((1, 1, 500, 500, 16, 8, 16), segments, 0, (1.0, 1.0)))
+@pytest.mark.parametrize(("queries", "keys"), [(500, 512), (500, 256), (244, 256)])  # one block of keys, two, and behind others
+def test_what_a_square_tile_on_the_diagonal_leaves_out_nobody_sees(segments, queries, keys, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", TURNED._replace(queries=256, height=256, columns=128, keys=keys))
+    check("pallas_tpu:interpret", jnp.float32, ((1, 1, queries, 500, 16, 8, 16), segments, 0, (1.0, 1.0)))
 
 
 @DTYPES

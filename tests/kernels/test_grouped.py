@@ -269,10 +269,13 @@ def test_kernels_that_copy_their_own_blocks_compute_the_same(monkeypatch):
 
 @pytest.mark.usefixtures("no_races")
 @pytest.mark.slow
-@pytest.mark.parametrize("counts", [[20, 0, 30, 13], [0, 0, 0, 1], [64, 0, 0, 0]])
-def test_kernels_that_copy_their_own_blocks_do_so_without_a_race(monkeypatch, counts):
+@pytest.mark.parametrize(
+    ("counts", "side", "width"),
+    [([20, 0, 30, 13], 128, 128), ([0, 0, 0, 1], 128, 128), ([64, 0, 0, 0], 128, 128), ([20, 0, 30, 13], 256, 384)],
+)
+def test_kernels_that_copy_their_own_blocks_do_so_without_a_race(monkeypatch, counts, side, width):
     streamed(monkeypatch)
-    check_streamed("simulate", counts, 80, 128, 128)
+    check_streamed("simulate", counts, 80, side, width)  # several blocks of columns, if wider than one
 
 
 @settings(max_examples=10, deadline=None)
