@@ -234,6 +234,8 @@ def test_parts_that_saw_nothing_add_nothing_whatever_they_hold():
 @pytest.mark.parametrize(("splits", "paged"), [(1, True), (2, False), (3, True)])
 def test_on_simulated_memory_without_a_race(monkeypatch, splits, paged):
     """NaN in everything that was not written, an error for reads outside; races are counted. What is copied is as planned."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
     copies, start = [], interpret_pallas_call.dma_start
 
     def counted(*arguments, **more):
