@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def _records(path: Path, data: DataConfig) -> Iterator[tuple[str, str]]:
     if path.suffix == ".jsonl":
         for number, line in enumerate(_decoded(path).split("\n"), 1):
             if line.strip():
-                yield _fields(f"{path}, line {number}", _parsed(path, number, line), data, path)
+                yield _fields(f"{path}, line {number}", parsed(f"{path}, line {number}", line), data, path)
     elif path.suffix == ".parquet":
         for number, row in enumerate(_parquet_rows(path, data), 1):
             yield _fields(f"{path}, row {number}", row, data, path)
@@ -82,15 +83,16 @@ def _decoded(path: Path) -> str:
         raise ValueError(f"{path}, line {line}: expected UTF-8, got byte 0x{raw[error.start]:02x}") from None
 
 
-def _parsed(path: Path, number: int, line: str) -> Any:
+def parsed(place: str, line: str) -> Any:
+    """A line of JSON. Raises ValueError, one line that begins with `place`, for what is none or Python cannot read."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise ValueError(f"{path}, line {number}: brackets within brackets, too deep to be read") from None
-    except ValueError:
-        raise ValueError(f"{path}, line {number}: expected numbers of at most 4,300 digits, got more") from None
+        raise ValueError(f"{place}: brackets within brackets, too deep to be read") from None
+    except ValueError:  # Python's limit, not JSON's
+        raise ValueError(f"{place}: expected numbers of at most {sys.get_int_max_str_digits():,} digits, got more") from None
 
 
 def _fields(place: str, record: Any, data: DataConfig, path: Path) -> tuple[str, str]:

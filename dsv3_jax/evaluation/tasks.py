@@ -9,12 +9,13 @@ Both may have "category". Other fields are left alone. A file holds records of o
 import hashlib
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dsv3_jax.data.files import parsed
 
 SHOT_END = "\n\n"  # between examples, and between them and the question
 
@@ -157,12 +158,7 @@ def _records(path: Path, flag: str) -> tuple[Sequence[Any], str]:
 
 
 def _record(place: str, number: int, text: str) -> Choice | Exact:
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError:  # Python's limit, not JSON's
-        raise ValueError(f"{place}: expected numbers of at most {sys.get_int_max_str_digits():,} digits, got more") from None
+    fields = parsed(place, text)
     if not isinstance(fields, dict):
         raise ValueError(f"{place}: expected an object, got {type(fields).__name__}")
     return _choice(place, number, fields) if "choices" in fields else _exact(place, number, fields)

@@ -9,22 +9,7 @@ from dsv3_jax.interop.convert import convert
 from dsv3_jax.interop.digest import model_digest
 from dsv3_jax.interop.source import open_source
 from oracles.cases import DATA
-
-
-class Held:
-    """Tensors of the host's memory."""
-
-    where = ""
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-        self.entries = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-
-    def file_of(self, name):
-        return name
-
-    def tensor(self, name):
-        return self.tensors[name]
+from oracles.held import Held
 
 
 def some_tensors(seed=0):

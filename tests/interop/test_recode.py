@@ -8,24 +8,9 @@ from hypothesis import strategies as st
 
 from dsv3_jax.interop.config_json import model_config
 from dsv3_jax.interop.recode import block_scale, fp8_names, planned, quantise
+from oracles.held import Held
 from oracles.released_folder import FP8, NEVER_FP8, multiplied_out, released_config, released_tensors
 from oracles.unchecked import unchecked
-
-
-class Held:
-    """Tensors of a dictionary as a source."""
-
-    where = "memory"
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-        self.entries = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-
-    def tensor(self, name):
-        return self.tensors[name]
-
-    def file_of(self, name):
-        return "memory"
 
 
 def recoded(tensors, released, target, **options):
