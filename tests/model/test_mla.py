@@ -106,10 +106,10 @@ def test_released_attention_has_its_exact_number_of_weights():
 
 
 def test_heads_wider_than_v3_s_have_no_kernel_on_gpus_by_themselves():
-    """Blocks there are chosen for memories that V3's fill."""
-    for width, expected in ((128, "pallas_gpu"), (96, "pallas_gpu"), (192, "blockwise")):
-        config = replace(ModelConfig(), qk_nope_head_dim=width)
-        assert core_implementation(config, "gpu") == expected
+    """Blocks there are chosen for memories that V3's fill, and sides are powers of two: 160 takes the room of 256."""
+    for width, rope, fits in ((128, 64, True), (96, 64, True), (192, 64, False), (160, 32, False)):
+        config = replace(ModelConfig(), qk_nope_head_dim=width, qk_rope_head_dim=rope)
+        assert core_implementation(config, "gpu") == ("pallas_gpu" if fits else "blockwise")
         assert core_implementation(config, "tpu") == "pallas_tpu"
         assert core_implementation(replace(config, attention_implementation="pallas_gpu"), "gpu") == "pallas_gpu"
     assert core_implementation(replace(ModelConfig(), attention="mha"), "tpu") == "blockwise"
