@@ -251,6 +251,18 @@ def test_on_simulated_memory_without_a_race(segments, part, monkeypatch):
     check("pallas_tpu:simulate", jnp.float32, ((1, 2, 180, 200, 16, 8, 16), segments, 0, (1.0, 1.0)))
 
 
+@pytest.mark.usefixtures("no_races")
+@pytest.mark.slow
+@DTYPES
+@pytest.mark.parametrize("segments", [None, np.repeat([[1, 0, 2]], [60, 20, 420], axis=1)], ids=["whole", "documents"])
+def test_a_square_diagonal_on_simulated_memory(segments, dtype, monkeypatch):
+    """Blocks of as many queries as keys: what the diagonal's one tile leaves out is neither written nor read."""
+    blocks = pallas_tpu.Blocks(queries=256, keys=256, tile=256, height=256, chunk=128, columns=128, part=128)
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", blocks)
+    monkeypatch.setattr(pallas_tpu_backward, "BLOCKS", pallas_tpu_backward.Blocks(block=256, tile=128, chunk=128))
+    check("pallas_tpu:simulate", dtype, ((1, 1, 500, 500, 16, 8, 16), segments, 0, (1.0, 1.0)))
+
+
 GOOD = {
     "q_content_BHTC": jnp.ones((1, 2, 3, 8)),
     "q_rope_BHTR": jnp.ones((1, 2, 3, 4)),

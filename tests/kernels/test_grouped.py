@@ -103,17 +103,21 @@ def poisoned(x, used):
     return x.at[used:].set(jnp.nan)
 
 
-def with_gradients(function, operands, dy):
+def here(function, *operands):
+    return quick_jit(function)(*operands)
+
+
+def with_gradients(function, operands, dy, call=here):
     """Result, then gradients of <result, dy>."""
 
     def both(operands, dy):
         y, pull_back = jax.vjp(function, *operands)
         return y, *pull_back(dy)
 
-    return quick_jit(both)(operands, dy)
+    return call(both, operands, dy)
 
 
-def check_products(implementation, dtype, problem):
+def check_products(implementation, dtype, problem, call=here):
     counts, rows, (inner, outer), seed, scale = problem
     rng, used = np.random.default_rng(seed), sum(counts)
     x, w = numbers(rng, (rows, inner), dtype, scale), numbers(rng, (len(counts), inner, outer), dtype)
@@ -122,7 +126,7 @@ def check_products(implementation, dtype, problem):
     def run(x, w):
         return grouped_product(x, w, count, implementation=implementation)
 
-    y, dx, dw = with_gradients(run, (poisoned(x, used), w), poisoned(dy, used))
+    y, dx, dw = with_gradients(run, (poisoned(x, used), w), poisoned(dy, used), call)
     assert y.dtype == dx.dtype == dw.dtype == dtype
 
     def expected(x, w, dy):
@@ -134,7 +138,7 @@ def check_products(implementation, dtype, problem):
         near(found, value, magnitude, dtype, terms)
 
 
-def check_experts(implementation, dtype, problem):
+def check_experts(implementation, dtype, problem, call=here):
     counts, rows, (side, width), seed, _ = problem
     rng, used = np.random.default_rng(seed), sum(counts)
     shapes = (rows, side), *((len(counts), side, width),) * 2, (len(counts), width, side)
@@ -145,7 +149,7 @@ def check_experts(implementation, dtype, problem):
     def run(x, gates, gate, up, down):
         return grouped_swiglu(x, gates, gate, up, down, count, implementation=implementation)
 
-    found = with_gradients(run, (poisoned(x, used), poisoned(gates, used), gate, up, down), poisoned(dy, used))
+    found = with_gradients(run, (poisoned(x, used), poisoned(gates, used), gate, up, down), poisoned(dy, used), call)
     exact = [np.asarray(v, np.float64) for v in (x, gates, gate, up, down, dy)]
     values = numpy_swiglu(*exact[:5], counts, exact[5])
     magnitudes = numpy_swiglu(*map(np.abs, exact[:5]), counts, np.abs(exact[5]))
@@ -231,7 +235,7 @@ def of_chip(function, *operands):
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         traced, shape = jax.make_jaxpr(function, return_shape=True)(*operands)
-    found = quick_jit(jex_core.jaxpr_as_fun(traced))(*operands)
+    found = quick_jit(jex_core.jaxpr_as_fun(traced))(*jax.tree.leaves(operands))
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
@@ -276,6 +280,16 @@ def test_kernels_that_copy_their_own_blocks_compute_the_same(monkeypatch):
 def test_kernels_that_copy_their_own_blocks_do_so_without_a_race(monkeypatch, counts, side, width):
     streamed(monkeypatch)
     check_streamed("simulate", counts, 80, side, width)  # several blocks of columns, if wider than one
+
+
+@pytest.mark.usefixtures("no_races")
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [check_products, check_experts])
+@pytest.mark.parametrize("sides", [(128, 128), (256, 384)])
+def test_kernels_that_copy_their_own_blocks_do_so_in_bfloat16(monkeypatch, check, sides):
+    """Tiles of which have twice the rows; sums are float32, and only what is returned is rounded."""
+    streamed(monkeypatch)
+    check("pallas_tpu:simulate", jnp.bfloat16, ([20, 0, 30, 13], 80, sides, 0, 1.0), of_chip)
 
 
 @settings(max_examples=10, deadline=None)
