@@ -94,7 +94,7 @@ def sent(compiled: Compiled, *, exchange: bool) -> float:
 
 
 def sections(plan: Plan, compiled: Compiled) -> tuple[Section, ...]:
-    """The planner's figures beside XLA's, with a reason where they are more than a tenth apart; and every collective."""
+    """The planner's figures beside XLA's, with a reason where they are more than a tenth apart; kernels; every collective."""
     memory = compiled.memory
     pairs: dict[str, tuple[str, Number, Number, str]] = {
         "arguments": ("state and batch", plan.value("memory", "arguments"), memory.arguments, "B"),
@@ -121,12 +121,19 @@ def sections(plan: Plan, compiled: Compiled) -> tuple[Section, ...]:
         figure("compile_seconds", "compile time", compiled.seconds, "s"),
         figure("cycles", "cycles of the compiler's estimate, without kernels", sum(compiled.cost.cycles.values())),
     ]
-    return compared, Section("compiled", "XLA's figures", tuple(facts)), collectives(compiled)
+    return compared, Section("compiled", "XLA's figures", tuple(facts)), kernels(compiled), collectives(compiled)
 
 
 def _planned(plan: Plan, *, exchange: bool) -> Number:
     rows = plan.section("communication").rows
     return sum(float(row.values[0] or 0) for row in rows if row.key.startswith(("dispatch", "combine")) == exchange)
+
+
+def kernels(compiled: Compiled) -> Section:
+    """Of Pallas kernels, runs on a device in a step; those in a loop over rounds count once."""
+    runs = compiled.cost.kernels
+    rows = tuple(figure(name, name, runs[name], "runs") for name in sorted(runs))
+    return Section("kernels", "Kernels of a device in a step", rows)
 
 
 def collectives(compiled: Compiled) -> Section:

@@ -19,7 +19,7 @@ from dsv3_jax.inference.decode import extend, project
 from dsv3_jax.inference.mesh import ServingPlacement, serving_placement
 from dsv3_jax.inference.serving import Serving
 from dsv3_jax.parallel.mesh import TENSOR
-from dsv3_jax.planner.aot import Compiled, collectives, compiled_quickly, sent
+from dsv3_jax.planner.aot import Compiled, collectives, compiled_quickly, kernels, sent
 from dsv3_jax.planner.hlo import cost_of
 from dsv3_jax.planner.rows import Section, figure
 from dsv3_jax.planner.targets import Target, memory_of, require_fits
@@ -79,7 +79,7 @@ def compile_decode(config: Config, target: Target, batch: Batch) -> tuple[Compil
 
 
 def sections(config: Config, compiled: Compiled, model: Serving, batch: Batch) -> tuple[Section, ...]:
-    """What a device holds, and every collective of a step."""
+    """What a device holds, and every kernel and collective of a step."""
     memory, sizes = compiled.memory, compiled.sizes
     placement = model.layers[-1].placement
     experts = sum(_local_bytes(s.params["mlp"].get("experts")) for s in model.layers)
@@ -113,7 +113,11 @@ def sections(config: Config, compiled: Compiled, model: Serving, batch: Batch) -
         figure("others", "sent: everything else", sent(compiled, exchange=False), "B"),
         figure("compile_seconds", "compile time", compiled.seconds, "s"),
     ]
-    return Section("decode", f"A decoding step for {compiled.target.spec}", tuple(rows)), collectives(compiled)
+    return (
+        Section("decode", f"A decoding step for {compiled.target.spec}", tuple(rows)),
+        kernels(compiled),
+        collectives(compiled),
+    )
 
 
 def _local_bytes(tree: Any) -> int:

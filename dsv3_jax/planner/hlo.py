@@ -62,6 +62,7 @@ class Cost(NamedTuple):
     products: tuple[Product, ...]
     cycles: dict[str, int]  # estimated for TPUs, but for kernels: by fusion, custom-call, collective and other
     opaque: dict[str, int]  # runs of custom calls whose FLOPs are not stated, by target
+    kernels: dict[str, int]  # runs of Pallas kernels, by name
 
     @property
     def flops(self) -> int:
@@ -77,7 +78,7 @@ def cost_of(text: str | Iterable[str]) -> Cost:
     """The cost of a program from `compiled.as_text()`, or from that text's lines. Raises ValueError if it is no HLO module."""
     module = parse(text.splitlines() if isinstance(text, str) else text)
     tally = _walk(Scope(module, module.computations[module.entry]), _Around(1, False, None))
-    return Cost(tuple(tally.collectives), tuple(tally.products), dict(tally.cycles), dict(tally.opaque))
+    return Cost(tuple(tally.collectives), tuple(tally.products), dict(tally.cycles), dict(tally.opaque), dict(tally.kernels))
 
 
 def axes_of(groups: Groups, mesh_shape: Mapping[str, int], device_ids: Sequence[int] | None = None) -> tuple[str, ...]:
@@ -120,21 +121,24 @@ class _Tally(NamedTuple):
     products: list[Product]
     cycles: Counter[str]
     opaque: Counter[str]
+    kernels: Counter[str]
 
     def add(self, other: "_Tally") -> None:
         self.collectives.extend(other.collectives)
         self.products.extend(other.products)
         self.cycles.update(other.cycles)
         self.opaque.update(other.opaque)
+        self.kernels.update(other.kernels)
 
 
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
+_KERNEL = re.compile(r'\bop_name="(?:[^"]*[/(])?(\w+)\)*/pallas_call"')  # transpose(jvp(name))/pallas_call, if differentiated
 _CYCLES = re.compile(r'"estimated_cycles":"(\d{1,12})"')  # a longer number stands for an unknown one
 
 
 def _walk(scope: Scope, around: _Around) -> _Tally:
-    tally = _Tally([], [], Counter(), Counter())
+    tally = _Tally([], [], Counter(), Counter(), Counter())
     for instruction in scope.inside.instructions.values():
         opcode = instruction.opcode.removesuffix("-start")  # and what ends in -done is nothing
         if opcode in COLLECTIVES:
@@ -154,6 +158,8 @@ def _walk(scope: Scope, around: _Around) -> _Tally:
             tally.products.append(Product(kind, dtype, flops, around.times, around.dynamic, op_name))
         elif opcode == "custom-call" and instruction.find(_OP_NAME) != "ragged-dot-metadata":  # that one counts group sizes
             tally.opaque[instruction.find(_TARGET)] += around.times
+        if opcode == "custom-call" and (kernel := instruction.find(_KERNEL)):
+            tally.kernels[kernel] += around.times
         if not around.fusion and (cycles := instruction.find(_CYCLES)):
             kind = "collective" if opcode in COLLECTIVES else opcode if opcode in ("fusion", "custom-call") else "other"
             tally.cycles[kind] += int(cycles) * around.times
@@ -208,6 +214,7 @@ def _add_branch(tally: _Tally, scope: Scope, conditional: Instruction, around: _
             max((b.products for b in branches), key=lambda found: sum(p.times * p.flops for p in found)),
             max((b.cycles for b in branches), key=Counter.total),
             max((b.opaque for b in branches), key=Counter.total),
+            max((b.kernels for b in branches), key=Counter.total),
         )
     )
 

@@ -22,6 +22,17 @@ from dsv3_jax.settings import override
 
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7))
 ROOT = Path(__file__).parent.parent.parent
+KERNELS = {"mla_attention", "mla_attention_backward", "router"}
+BF16_KERNELS = KERNELS | {
+    "grouped_swiglu", "grouped_product", "grouped_swiglu_backward", "grouped_product_transposed", "grouped_outer",
+}  # fmt: skip
+FP8_KERNELS = KERNELS | {
+    "grouped_scaled_product", "grouped_scaled_product_transposed", "grouped_scaled_outer", "scaled_product",
+    "scaled_product_transposed", "quantise", "requantise_transposed", "swiglu_quantise",
+}  # fmt: skip
+XLA_ALONE = {
+    "experts_implementation": "ragged_dot", "attention_implementation": "blockwise", "router_implementation": "top_k",
+}  # fmt: skip
 LIBTPU = ROOT / ".venv" / "aot"  # where `make test-slow` puts it, so that no other program of the environment meets it
 
 
@@ -46,9 +57,10 @@ def test_the_planners_figures_stand_beside_xlas_with_a_reason_where_they_are_apa
     found = (collective("all-gather", 10, 40, times=3), collective("all-to-all", 40, 40, times=2))
     compiled = aot.Compiled(
         target, {"pipe": 1, "data": 2, "expert": 4, "tensor": 1}, Memory(int(ours), 0, 0, 0, 0, int(2 * ours)),
-        Cost(found, (), {}, {}), 1.0,
+        Cost(found, (), {}, {}, {"router": 3, "grouped_outer": 6}), 1.0,
     )  # fmt: skip
-    compared, facts, collectives = aot.sections(plan, compiled)
+    compared, facts, kernels, collectives = aot.sections(plan, compiled)
+    assert [(row.key, *row.values) for row in kernels.rows] == [("grouped_outer", 6), ("router", 3)]
     assert {row.key for row in compared.rows} == set(aot.REASONS)
     apart = {row.key: row.values[2] for row in compared.rows}
     assert abs(apart["arguments"]) < 0.01 and apart["others"] < -0.9
@@ -63,7 +75,7 @@ def test_the_planners_figures_stand_beside_xlas_with_a_reason_where_they_are_apa
     assert {row.key: row.values[1:] for row in collectives.rows} == {
         "all-gather.expert.bf16.40": (3, 90), "all-to-all.expert.bf16.40": (2, 60),
     }  # fmt: skip
-    cut = aot.shortened((compared, facts, collectives), most=1)[-1]
+    cut = aot.shortened((compared, facts, kernels, collectives), most=1)[-1]
     assert [row.values for row in cut.rows] == [(40, 3, 90), (None, 2, 60)]
 
 
@@ -96,6 +108,10 @@ def with_libtpu():
     return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
 
 
+def kernel_runs(sections):
+    return {name: row["value"] for name, row in sections["kernels"]["rows"].items()}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_libtpu(), reason="needs libtpu: `make test-slow` installs it")
 def test_the_671b_step_compiles_for_512_chips_and_fits(tmp_path):
@@ -117,6 +133,15 @@ def test_the_671b_step_compiles_for_512_chips_and_fits(tmp_path):
     assert "ragged-all-to-all" in " ".join(found)
     # A layer's experts lie whole on 64 ranks: 352 MB a rank is gathered over the data axis, never more.
     assert not any(".dataxexpert." in name and row["result"] > 2**26 for name, row in found.items())
+    layers, experts = 62, 59  # with the MTP module's
+    runs = kernel_runs(sections)
+    assert experts <= runs.pop("router") <= 2 * experts  # repeated where XLA does not see that it is the same
+    assert runs == {
+        "mla_attention": layers, "mla_attention_backward": layers,
+        "grouped_swiglu": 2 * experts,  # repeated: its inputs are kept
+        "grouped_product": experts, "grouped_swiglu_backward": experts, "grouped_product_transposed": 2 * experts,
+        "grouped_outer": 3 * experts,
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -134,6 +159,7 @@ def test_the_671b_step_in_fp8_compiles_for_tpu7x_and_sends_the_dispatch_as_bytes
     assert abs(compared["arguments"]["apart"]) < 0.05 and abs(compared["others"]["apart"]) < 0.05
     assert abs(compared["exchange"]["apart"]) < 0.1, compared["exchange"]
     assert any("ragged-all-to-all" in name and "u8" in name for name in found), list(found)
+    assert set(kernel_runs(sections)) == FP8_KERNELS
 
 
 def test_a_target_that_does_not_exist_is_one_line(tmp_path):
@@ -144,12 +170,19 @@ def test_a_target_that_does_not_exist_is_one_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_libtpu(), reason="needs libtpu: `make test-slow` installs it")
-@pytest.mark.parametrize(("chip", "fp8"), [("tpu:v6e:2x2", "report"), ("tpu:tpu7x:2x2x1", "null")])
-def test_a_small_model_s_step_with_the_kernels_compiles_too(tmp_path, chip, fp8):
+@pytest.mark.parametrize(("chip", "settings", "kernels"), [
+    ("tpu:v6e:2x2", {"fp8": "report"}, FP8_KERNELS), ("tpu:tpu7x:2x2x1", {}, BF16_KERNELS),
+    ("tpu:v5p:2x2x1", XLA_ALONE, set()),
+])  # fmt: skip
+def test_a_small_model_s_step_compiles_with_the_kernels_that_it_asks_for(tmp_path, chip, settings, kernels):
     """Sides that are no multiples of a block, or of a register: 16 experts in 4 groups."""
     command = [
-        sys.executable, "-m", "experiments.plan", "--preset=tiny", f"--aot={chip}", f"--out={tmp_path}", f"--set=fp8={fp8}",
+        sys.executable, "-m", "experiments.plan", "--preset=tiny", f"--aot={chip}", f"--out={tmp_path}",
+        *(f"--set={name}={value}" for name, value in settings.items()),
         "--set=layout=fully_sharded", "--set=batch_size=8", "--set=batch_size_start=8", "--set=n_routed_experts=16",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=with_libtpu())
     assert done.returncode == 0, done.stderr[-2000:]
+    runs = kernel_runs(json.loads((tmp_path / "plan.json").read_text())["sections"])
+    assert set(runs) == kernels
+    assert ("Kernels of a device in a step" in done.stdout) == bool(kernels)

@@ -23,8 +23,9 @@ def test_what_a_device_holds_is_counted_as_xla_lays_it_out():
     target = Target("cpu:8", "cpu", "cpu", tuple(jax.devices()), 10**11, True)
     batch = aot_decode.Batch(requests=2, context=64)
     compiled, model = aot_decode.compile_decode(config, target, batch)
-    held, collectives = aot_decode.sections(config, compiled, model, batch)
+    held, kernels, collectives = aot_decode.sections(config, compiled, model, batch)
     found = values(held)
+    assert not kernels.rows  # on CPU
     assert (found["mesh_expert"], found["mesh_tensor"], found["slots"]) == (4, 2, 3)
     row = config.model.kv_lora_rank + config.model.qk_rope_head_dim
     assert found["cache"] == 2 * 2 * 64 * row * 4 * config.model.num_hidden_layers  # two sequences of each of two tensor ranks

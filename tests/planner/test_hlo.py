@@ -245,6 +245,22 @@ def test_kernels_whose_flops_nobody_states_are_listed(texts: Any) -> None:
     assert (cost.flops, cost.opaque) == (0, {"__gpu$xla.gpu.triton": 1})
 
 
+def test_kernels_are_counted_by_name_as_often_as_they_run() -> None:
+    def call(name: str, op_name: str, target: str = "tpu_custom_call") -> str:
+        return f'  %{name} = f32[2,3]{{1,0}} custom-call(), custom_call_target="{target}", metadata={{op_name="{op_name}"}}'
+
+    loop = hlo_loop(0, UP, "(%i_c, %five), direction=LT")
+    body = loop.replace("  %y = ", call("k", "jit(f)/while/body/closed_call/router/pallas_call") + "\n  %y = ")
+    others = [
+        call("a", "jit(f)/transpose(jvp(grouped_outer))/pallas_call"),
+        call("b", "grouped_outer/pallas_call", "__gpu$xla.gpu.triton"),
+        call("c", "jit(f)/router/ragged_dot"),
+    ]
+    text = body.replace("  %init = ", "\n".join([*others, "  %init = "]))
+    assert cost_of(text).kernels == {"router": 5, "grouped_outer": 2}
+    assert cost_of(loop).kernels == {}
+
+
 @pytest.mark.parametrize(
     "options",
     [
