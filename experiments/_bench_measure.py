@@ -1,4 +1,4 @@
-"""Kernels on the accelerator that is here, beside XLA's own: median times of pairs, and how near the chip's peak ours come."""
+"""Kernels on the accelerator that is here, beside XLA's and tokamax's: median times, and how near the chip's peak ours come."""
 
 import statistics
 import time
@@ -19,7 +19,7 @@ from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.kernels.scaled.api import grouped_scaled_outer, grouped_scaled_product, scaled_product
 from dsv3_jax.planner.chips import CHIPS
 from dsv3_jax.presets import preset
-from experiments import _bench, _bench_attention
+from experiments import _bench, _bench_attention, _bench_tokamax
 
 ROUNDS = 7
 LONG_ENOUGH = 0.01  # seconds of one timing: a call alone may take less than to send it
@@ -42,6 +42,7 @@ class Sizes(NamedTuple):
 class Run(NamedTuple):
     call: Callable[..., Any]
     operands: tuple[Any, ...]
+    chosen: Callable[[jax.stages.Lowered], str] | None = None  # which implementation it turned out to be, if it chooses one
 
 
 class Case(NamedTuple):
@@ -54,7 +55,7 @@ class Case(NamedTuple):
 
     def bytes(self) -> int:
         """Of operands and results, each once."""
-        call, operands = self.ours
+        call, operands, _ = self.ours
         moved = [*operands, *jax.tree.leaves(jax.eval_shape(call, *operands))]
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moved)) - self.unread
 
@@ -92,10 +93,14 @@ def _grouped(implementation: str, s: Sizes, normal: Any) -> Iterator[Case]:
     def ragged(x: Any, w: Any) -> Any:
         return jax.lax.ragged_dot(x, w, count)
 
-    yield Case("grouped_up", shape, Run(product, (x, up)), {"ragged_dot": Run(ragged, (x, up))}, flops)
-    dy = normal(s.rows, s.width)
-    both = [Run(_pull_back(run), (dy, x, up)) for run in (product, ragged)]
-    yield Case("grouped_up_backward", shape, both[0], {"ragged_dot": both[1]}, 2 * flops)
+    def tokamax_s(x: Any, w: Any) -> Any:
+        return _bench_tokamax.ragged_dot(x, w, count)
+
+    peers = {"ragged_dot": Run(ragged, (x, up))} | _tokamax("ragged_dot", tokamax_s, (x, up))
+    yield Case("grouped_up", shape, Run(product, (x, up)), peers, flops)
+    back = normal(s.rows, s.width), x, up
+    peers = {"ragged_dot": Run(_pull_back(ragged), back)} | _tokamax("ragged_dot", _pull_back(tokamax_s), back)
+    yield Case("grouped_up_backward", shape, Run(_pull_back(product), back), peers, 2 * flops)
     down, gates = normal(s.experts, s.width, s.hidden, size=s.width**-0.5), jnp.ones(s.rows)
 
     def experts(how: str, x: Any, gate: Any, up: Any, down: Any) -> Any:
@@ -106,6 +111,11 @@ def _grouped(implementation: str, s: Sizes, normal: Any) -> Iterator[Case]:
     yield Case("grouped_swiglu", shape, Run(ours, (x, *weights)), {"ragged_dot": Run(theirs, (x, *weights))}, 3 * flops)
     both = [Run(_pull_back(run), (x, x, *weights)) for run in (ours, theirs)]
     yield Case("grouped_swiglu_backward", shape, both[0], {"ragged_dot": both[1]}, 6 * flops)
+
+
+def _tokamax(name: str, run: Callable[..., Any], operands: tuple[Any, ...]) -> dict[str, Run]:
+    """A peer, where it is installed."""
+    return {f"tokamax {name}": Run(run, operands, _bench_tokamax.chosen)} if _bench_tokamax.installed() else {}
 
 
 def _pull_back(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,23 +170,39 @@ def _attention(implementation: str, s: Sizes, normal: Any) -> Iterator[Case]:
     fused = ("cudnn",) if jax.default_backend() == "gpu" else ()
     theirs = {f"dot_product_attention {how}": partial(_dot_product_attention, how) for how in ("xla", *fused)}
     forward = _bench_attention.least_flops(s.length, _bench_attention.FORWARD, s.heads)
-    yield Case("attention", shape, Run(ours, operands), {name: Run(run, operands) for name, run in theirs.items()}, forward)
+    peers = {name: Run(run, operands) for name, run in theirs.items()}
+    peers |= _tokamax("dot_product_attention", _tokamax_attention, operands)
+    yield Case("attention", shape, Run(ours, operands), peers, forward)
     # With the forward pass, whose statistics the gradients need.
     both = forward + _bench_attention.least_flops(s.length, _bench_attention.BACKWARD, s.heads)
-    peers = {name: Run(_pull_back(run), (dy, *operands)) for name, run in theirs.items()}
-    yield Case("attention_and_gradients", shape, Run(_pull_back(ours), (dy, *operands)), peers, both)
+    back = dy, *operands
+    peers = {name: Run(_pull_back(run), back) for name, run in theirs.items()}
+    peers |= _tokamax("dot_product_attention", _pull_back(_tokamax_attention), back)
+    yield Case("attention_and_gradients", shape, Run(_pull_back(ours), back), peers, both)
 
 
 def _dot_product_attention(how: str, q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any) -> Any:
-    """Which has heads behind positions and one width: parts are joined, the rotary key is each head's, values are padded."""
-    k_rope = jnp.broadcast_to(k_rope[:, None], (*k.shape[:3], k_rope.shape[-1]))
-    queries, keys = (jnp.concatenate(pair, axis=-1).swapaxes(1, 2) for pair in ((q, q_rope), (k, k_rope)))
+    """Which has one width: values are padded."""
+    queries, keys = _joined(q, q_rope, k, k_rope)
     values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, keys.shape[-1] - v.shape[-1]))).swapaxes(1, 2)
     named: Any = how
     out = jax.nn.dot_product_attention(
         queries, keys, values, scale=_bench_attention.KEY**-0.5, is_causal=True, implementation=named
     )  # fmt: skip
     return out.swapaxes(1, 2)[..., : v.shape[-1]]
+
+
+def _tokamax_attention(q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any) -> Any:
+    queries, keys = _joined(q, q_rope, k, k_rope)
+    scale = _bench_attention.KEY**-0.5
+    return _bench_tokamax.dot_product_attention(queries, keys, v.swapaxes(1, 2), scale).swapaxes(1, 2)
+
+
+def _joined(q: Any, q_rope: Any, k: Any, k_rope: Any) -> tuple[Any, Any]:
+    """[B, T, H, C + R]: heads behind positions, parts beside each other, the rotary key each head's."""
+    k_rope = jnp.broadcast_to(k_rope[:, None], (*k.shape[:3], k_rope.shape[-1]))
+    queries, keys = (jnp.concatenate(pair, axis=-1).swapaxes(1, 2) for pair in ((q, q_rope), (k, k_rope)))
+    return queries, keys
 
 
 def _decode(implementation: str, s: Sizes, normal: Any) -> Iterator[Case]:
@@ -280,7 +306,7 @@ def difference(ours: Any, theirs: Any) -> float:
 
 def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Iterator[dict[str, Any]]:
     """A peer a line: times in microseconds, medians of what is run alternately, and of its rounds' ratios; the difference of
-    the results; ours' share of the roofline."""
+    the results; ours' share of the roofline; of a peer that chooses one, its implementation."""
     head = {"kernel": case.kernel, "shape": case.shape}
     try:
         runs = {"": _warm(case.ours)}
@@ -290,11 +316,11 @@ def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Itera
     for name, run in case.peers.items():
         try:
             runs[name] = _warm(run)
-        except FAILURES as error:
+        except Exception as error:  # what others raise for a shape that they do not take, their tests of types among it
             yield head | {"peer": name} | _bench.failure(error)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, (compiled, operands, calls, _) in runs.items():
+        for name, (compiled, operands, calls, *_) in runs.items():
             times[name].append(seconds(compiled, operands, calls))
     ours = statistics.median(times[""])
     line: dict[str, Any] = {"us": round(1e6 * ours, 1)}
@@ -315,6 +341,7 @@ def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Itera
                 "peer_over_ours": round(ratio, 3),
                 "difference": float(f"{difference(runs[''][3], runs[name][3]):.2e}"),
             }
+            | ({"peer_implementation": runs[name][4]} if runs[name][4] else {})
         )
     if len(runs) == 1:
         yield head | line
@@ -323,12 +350,14 @@ def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Itera
 FAILURES = jax.errors.JaxRuntimeError, ValueError, NotImplementedError, RuntimeError
 
 
-def _warm(run: Run) -> tuple[Any, Any, int, Any]:
-    """Compiled, with operands, how many calls take long enough, and results."""
-    compiled = jax.jit(run.call).lower(*run.operands).compile()
+def _warm(run: Run) -> tuple[Any, Any, int, Any, str]:
+    """Compiled, with operands, how many calls take long enough, results, and which implementation it is."""
+    lowered = jax.jit(run.call).lower(*run.operands)
+    compiled = lowered.compile()
     results = jax.block_until_ready(compiled(*run.operands))
     once = min(seconds(compiled, run.operands, 1) for _ in range(2))
-    return compiled, run.operands, max(1, min(100, round(LONG_ENOUGH / once))), results
+    calls = max(1, min(100, round(LONG_ENOUGH / once)))
+    return compiled, run.operands, calls, results, run.chosen(lowered) if run.chosen else ""
 
 
 def lines(implementation: str, sizes: Sizes, chosen: list[str], rounds: int = ROUNDS) -> Iterator[dict[str, Any]]:

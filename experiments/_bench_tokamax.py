@@ -1,7 +1,8 @@
 """tokamax's kernels for TPU as peers in `bench_kernels`, where it is installed: for Python 3.12 and up.
 
-`pip install 'dsv3_jax[tokamax]'`. Its inner modules are called, so that one program has known blocks, and trips follow from
-their sources (0.0.17): each branch counts as often as it is taken, in the order of the program.
+`pip install 'dsv3_jax[tokamax]'`. Where programs are compiled its inner modules are called, so that one program has known
+blocks, and trips follow from their sources (0.0.17): each branch counts as often as it is taken, in the order of the program.
+Where they are timed its public functions are, which choose an implementation.
 """
 
 import importlib.util
@@ -33,6 +34,27 @@ GRID = 4
 
 def installed() -> bool:
     return importlib.util.find_spec("tokamax") is not None
+
+
+def ragged_dot(x: Any, w: Any, count: Any) -> Any:
+    """Of [R, I] and [G, I, O], in the implementation that it chooses."""
+    import tokamax
+
+    return tokamax.ragged_dot(x, w, count)
+
+
+def dot_product_attention(q: Any, k: Any, v: Any, scale: float) -> Any:
+    """Causal, of [B, T, N, H], values of another width; in the implementation that it chooses."""
+    import tokamax
+
+    return tokamax.dot_product_attention(q, k, v, scale=scale, is_causal=True)
+
+
+def chosen(lowered: jax.stages.Lowered) -> str:
+    """The implementations in a program, by their class."""
+    from tokamax.autotuning import get_bound_args
+
+    return " ".join(sorted({type(found.op).__name__ for found in get_bound_args(lowered)}))
 
 
 def _auto(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,8 @@ these figures. A table of them, with the best peers, ends up on stderr. Five min
 registers, bytes of spills a thread, shared memory a block, and tensor-core instructions in its code, as the assembler has it.
 
 `--measure`, where there is an accelerator: times of each kernel and of its peers (XLA's own, cuDNN's attention, for FP8
-bfloat16's products) for the same operands, medians of alternating runs, how far results differ, and the share of the roofline.
+bfloat16's products, where it is installed tokamax's, in the implementation that it chooses) for the same operands, medians of
+alternating runs, how far results differ, and the share of the roofline.
 """
 
 import os

@@ -259,10 +259,15 @@ def test_a_gpu_s_rows_have_its_tensor_cores():
     assert max(map(len, rows)) <= 121
 
 
-def test_measuring_runs_each_kernel_and_its_peer():
+def measured(kernels):
     sizes = _bench_measure.Sizes(rows=512, hidden=256, width=128, experts=2, heads=2, length=128, batch=2, page=32, dense=128)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # on which JAX's own attention counts
-        found = list(_bench_measure.lines("reference", sizes, [], rounds=2))
+        return list(_bench_measure.lines("reference", sizes, kernels, rounds=2))
+
+
+def test_measuring_runs_each_kernel_and_its_peer(monkeypatch):
+    monkeypatch.setattr(_bench_tokamax, "installed", lambda: False)
+    found = measured([])
     assert [line["kernel"] for line in found] == [
         *("grouped_up", "grouped_up_backward", "grouped_swiglu", "grouped_swiglu_backward", "fp8_up", "fp8_outer", "fp8_dense"),
         *("attention", "attention_and_gradients", "decode", "decode_paged", "router"),
@@ -274,6 +279,35 @@ def test_measuring_runs_each_kernel_and_its_peer():
         assert each["difference"] < 0.01  # bfloat16's rounding, in other orders
     rows = bench_kernels.measured_table(found).splitlines()
     assert len(rows) == 1 + len(found) and max(map(len, rows)) <= 140
+
+
+IN_TOKAMAX = "grouped_up", "grouped_up_backward", "attention", "attention_and_gradients"
+
+
+@pytest.mark.skipif(not _bench_tokamax.installed(), reason="tokamax is not installed")
+def test_tokamax_s_results_are_ours():
+    found = [line for line in measured(IN_TOKAMAX) if line["peer"].startswith("tokamax ")]
+    assert [line["kernel"] for line in found] == list(IN_TOKAMAX)
+    for each in found:
+        assert "failed" not in each and each["peer_over_ours"] > 0 and each["difference"] < 0.01
+        assert each["peer_implementation"] == ("RaggedDot" if "ragged" in each["peer"] else "DotProductAttention")  # XLA's
+
+
+def test_what_tokamax_does_not_take_is_said_of_it_alone(monkeypatch):
+    def refuses(*operands):
+        raise ExceptionGroup("all implementations failed", [NotImplementedError("no such width")])
+
+    monkeypatch.setattr(_bench_tokamax, "installed", lambda: True)
+    monkeypatch.setattr(_bench_tokamax, "ragged_dot", jax.lax.ragged_dot)
+    monkeypatch.setattr(_bench_tokamax, "dot_product_attention", refuses)
+    monkeypatch.setattr(_bench_tokamax, "chosen", lambda lowered: type(lowered).__name__)
+    found = {(line["kernel"], line["peer"]): line for line in measured(IN_TOKAMAX)}
+    for kernel in IN_TOKAMAX[:2]:
+        assert found[kernel, "tokamax ragged_dot"]["peer_implementation"] == "Lowered"
+        assert "peer_implementation" not in found[kernel, "ragged_dot"]
+    for kernel in IN_TOKAMAX[2:]:
+        assert found[kernel, "tokamax dot_product_attention"]["failed"].startswith("all implementations failed")
+        assert found[kernel, "dot_product_attention xla"]["difference"] < 0.01
 
 
 def test_the_share_of_the_roofline_is_of_the_slower_of_compute_and_memory(monkeypatch):
