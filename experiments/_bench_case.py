@@ -23,7 +23,6 @@ class Case(NamedTuple):
     parts: bool = False  # `cost.trips` are those of parts, branches included, and not of loops alone
     small: tuple[int, ...] = ()  # as `bundles.Program.cycles_of_parts` has it, and so has
     copies: bool = False
-    vmem: bool = True  # False: what it holds there is not in its traced program
 
 
 def array(*shape: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:

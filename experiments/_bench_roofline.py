@@ -1,6 +1,5 @@
-"""What a kernel could reach at best on a TPU, in cycles of its own program, and what it holds in VMEM."""
+"""What a kernel could reach at best on a TPU, in cycles of its own program."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -64,25 +63,6 @@ def of_device(flops: float) -> Peak:
     return peak_of(flops, info.bf16_ops_per_second, info.mem_bw_bytes_per_second, info.num_cores)
 
 
-def vmem_bytes(jaxpr: Any, name: str) -> int:
-    """Of the kernel `name` in a traced program: its scratch, and two of each block that the grid moves.
-
-    What the compiler puts there besides, spilled registers above all, is not in it.
-    """
-    kernels = [equation for equation in _equations(jaxpr) if equation.primitive.name == "pallas_call"]
-    named = [equation for equation in kernels if _name(equation) == name]
-    if not named and len(kernels) == 1:  # megablox' have none of their own, and are called after the function around
-        named = kernels
-    if not named:
-        raise ValueError(f"expected a kernel {name} in the program, found none")
-    grid, inner = named[0].params["grid_mapping"], named[0].params["jaxpr"].invars
-    blocks = (2 * _bytes(mapping.block_aval) for mapping in grid.block_mappings)
-    scratch = (_bytes(v.aval) for v in inner[len(inner) - grid.num_scratch_operands :])
-    scopes = (e.params["jaxpr"] for e in _equations(named[0].params["jaxpr"]) if e.primitive.name == "run_scoped")
-    own = (_bytes(v.aval) for scope in scopes for v in scope.invars)  # of kernels that copy their blocks themselves
-    return sum(blocks) + sum(scratch) + sum(own)
-
-
 def names_of(jaxpr: Any) -> set[str]:
     """Of the kernels in a traced program."""
     return {_name(equation) for equation in _equations(jaxpr) if equation.primitive.name == "pallas_call"}
@@ -90,16 +70,6 @@ def names_of(jaxpr: Any) -> set[str]:
 
 def _name(equation: Any) -> str:
     return str(getattr(equation.params.get("name_and_src_info"), "name", equation.params.get("name", "")))
-
-
-def _bytes(ref: Any) -> int:
-    """Of a reference within VMEM; others take none of it."""
-    space, dtype = str(getattr(ref, "memory_space", "")).lower(), getattr(ref, "dtype", None)
-    if dtype is None or not any(name in space for name in ("vmem", "default", "none")) or not hasattr(dtype, "itemsize"):
-        return 0
-    return (
-        math.prod(getattr(size, "block_size", 1) if not isinstance(size, int) else size for size in ref.shape) * dtype.itemsize
-    )
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

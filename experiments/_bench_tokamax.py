@@ -134,7 +134,7 @@ def products(name: str, shape: str, operands: Any, counts: Sequence[int], ours: 
         return _auto(run)(x, w, count)
 
     def case(run: Any, program: str, cost: Cost, tiles: tuple[int, ...], peer: str) -> Case:
-        return Case(name, program, shape, partial(run, tiles), operands, cost, tiles, peer, parts=True, vmem=False)
+        return Case(name, program, shape, partial(run, tiles), operands, cost, tiles, peer, parts=True)
 
     found, program = [], "pallas_tpu_ragged_dot_gmm" + "_transpose_rhs" * transposed
     for height, columns in GMM:
@@ -172,14 +172,14 @@ def outer_products(name: str, shape: str, operands: Any, counts: Sequence[int], 
     for blocks in TGMM:
         groups = [group for group, *_ in entries_of(counts, blocks[0])]
         cost = outer_cost(groups, counts, inner, outer, blocks, "middle first last single empty", ours)
-        how: dict[str, Any] = dict(parts=True, vmem=False, peer="tokamax tgmm")
+        how: dict[str, Any] = dict(parts=True, peer="tokamax tgmm")
         found.append(Case(name, "pallas_tpu_ragged_dot_tgmm", shape, partial(first, blocks), operands, cost, blocks, **how))
     for blocks in TGMM_V2:
         groups = [group for group, *_ in tiles_of(counts, blocks[0])]
         cost = outer_cost(groups, counts, inner, outer, blocks, "single first last middle", ours)
         sizes = "-".join(f"{letter}_{size}" for letter, size in zip(("tm", "tk", "tn"), blocks, strict=True))
         program = f"tgmm_v2-g_{len(counts)}-m_{rows}-k_{inner}-act_None-n_{outer}-{sizes}"
-        how = dict(parts=True, vmem=False, peer="tokamax tgmm_v2")
+        how = dict(parts=True, peer="tokamax tgmm_v2")
         found.append(Case(name, program, shape, partial(second, blocks), operands, cost, blocks, **how))
     return found
 

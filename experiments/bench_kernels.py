@@ -6,7 +6,7 @@ Nothing runs: libtpu (`pip install 'dsv3_jax[aot]'`) compiles each kernel at Dee
 and writes down its bundles, of which one is issued a cycle. JSON lines, a kernel and a chip each:
 
 - of the loop that keeps the matrix units busiest its `bundles`, the share of the units' slots in use, and the registers that
-  are spilled in it, as stores and as loads; `vmem_mib`: the lowered program's scratch and two of each block;
+  are spilled in it, as stores and as loads; `vmem_mib`: what the kernel holds in VMEM, as the compiler allocates it;
 - of the whole grid `bytes` and `flops` over the least possible, and `cycles`: its bundles, as often as each is issued, shared
   by a device's cores; `cycles_per_gflop`: those of all cores over useful FLOPs, of attention half the square;
 - `roofline_cycles`: the least FLOPs, or bytes, at the chip's peak, and their share of ours. A chip's first line says how long a
@@ -51,7 +51,7 @@ _TIMEOUT = flags.DEFINE_float("timeout", 1800, "Seconds that one chip may take."
 _CHILD = flags.DEFINE_bool("child", False, "Compile in this process, for one chip.")
 
 
-def measured(program: bundles.Program, vmem: int | None, case: Any, peak: "Peak") -> dict[str, Any]:
+def measured(program: bundles.Program, vmem: int, case: Any, peak: "Peak") -> dict[str, Any]:
     """The line of a compiled case."""
     loop, cost = program.grid.innermost(), case.cost
     line = {
@@ -62,7 +62,7 @@ def measured(program: bundles.Program, vmem: int | None, case: Any, peak: "Peak"
         "spills": loop.spills,
         "spill_stores": loop.slots["VSTORE:SPILL"],
         "spill_loads": loop.slots["VLOAD:FILL"],
-        "vmem_mib": None if vmem is None else round(vmem / 2**20, 1),
+        "vmem_mib": round(vmem / 2**20, 1),
     }
     if cost is None:
         return line
@@ -88,20 +88,19 @@ def _child(chip: str, folder: Path) -> None:
 
     from dsv3_jax.planner.targets import topology
     from experiments._bench_kernels import cases
-    from experiments._bench_roofline import COLUMNS, NAME, calibration, flops_per_cycle, of_device, vmem_bytes
+    from experiments._bench_roofline import COLUMNS, NAME, calibration, flops_per_cycle, of_device
 
     target = topology(CHIPS[chip])
     mesh = Mesh([target.devices[0]], ("x",), axis_types=(AxisType.Explicit,))
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def compiled(run: Any, arrays: Any, name: str, vmem: bool = True) -> tuple[bundles.Program, int | None]:
+    def compiled(run: Any, arrays: Any, name: str) -> tuple[bundles.Program, int]:
         """The kernel's program, and bytes in VMEM."""
         operands = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in arrays]
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            traced = jax.jit(run).trace(*operands)
-            lowered = traced.lower(lowering_platforms=("tpu",))
-            lowered.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": "63488"})
-        return bundles.read(folder, name), vmem_bytes(traced.jaxpr.jaxpr, name) if vmem else None
+            lowered = jax.jit(run).trace(*operands).lower(lowering_platforms=("tpu",))
+            found = lowered.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": "63488"})
+        return bundles.read(folder, name), bundles.vmem_bytes(found.as_text(), name)
 
     flops = max(flops_per_cycle(compiled(*calibration(columns), NAME)[0], columns) for columns in COLUMNS)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -113,7 +112,7 @@ def _child(chip: str, folder: Path) -> None:
             continue
         line: dict[str, Any] = {"kernel": case.kernel, "chip": chip, "shape": case.shape}
         try:
-            line |= measured(*compiled(case.run, case.operands, case.program, case.vmem), case, peak)
+            line |= measured(*compiled(case.run, case.operands, case.program), case, peak)
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             line |= {"peer": case.peer or None, "blocks": list(case.blocks)} | _bench.failure(error)
         _bench.show(line)

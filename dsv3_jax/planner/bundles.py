@@ -16,6 +16,10 @@ _FILE = re.compile(r"\d+-(.+?)(?:\.\d+)?-\d+-final_hlo-static-per-bundle-utiliza
 _WITHIN = re.compile(r"^(?:(?:jvp|transpose|vmap)_)+")  # what a kernel is called with in front of its name, if differentiated
 _JUMP = re.compile(r"\bsbr\.rel (?:\(!?%\w+\) )?target = \$region(\d+)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_INSTRUCTION = re.compile(r"\n(?=\s*(?:ROOT )?%\S+ = )")  # some have lines of metadata
+_KERNEL = re.compile(r'\s*(?:ROOT )?%(\S+?)(?:\.\d+)* = .*custom_call_target="tpu_custom_call"')
+_USED = re.compile(r'"used_scoped_memory_configs":\[(.*?)\]')
+_VMEM = re.compile(r'"memory_space":"1",(?:"offset":"\d+",)?"size":"(\d+)"')
 _LEAST = 56  # bundles of a branch that is worth counting apart
 SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
 
@@ -111,6 +115,20 @@ def read(folder: Path, name: str) -> Program:
     stem = found[-1].name.split("-00-final_hlo")[0]
     (text,) = (path for path in folder.glob(f"{stem}-*final_bundles.txt") if "schedule" not in path.name)
     return program(name, found[-1].read_text(), text.read_text())
+
+
+def vmem_bytes(hlo: str, name: str) -> int:
+    """What the kernel `name` holds in VMEM, from the text of the optimised module: blocks, scratch, and registers put aside.
+
+    Raises ValueError if it is not there, or the text does not say.
+    """
+    kernels = filter(None, map(_KERNEL.match, _INSTRUCTION.split(hlo)))
+    found = [match.string for match in kernels if _WITHIN.sub("", match[1]).rstrip("_") == name]
+    if not found:
+        raise ValueError(f"expected a kernel {name} in the program, found none")
+    if not (used := _USED.search(found[-1])):
+        raise ValueError(f"{name}: expected used_scoped_memory_configs in its backend_config, found none")
+    return sum(map(int, _VMEM.findall(used[1])))
 
 
 def program(name: str, utilisation: str, bundles: str) -> Program:

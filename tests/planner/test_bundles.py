@@ -90,6 +90,29 @@ def test_the_files_of_a_kernel_are_the_last_of_its_name(tmp_path):
         bundles.read(tmp_path, "other")
 
 
+def test_vmem_is_what_the_compiler_allocated_to_the_kernel_of_this_name():
+    def call(name, used, target="tpu_custom_call"):
+        attributes = f'frontend_attributes={{a="{{\n  b\n}}"}}, backend_config={{"body":"TUx",{used}}}'
+        return f'  %{name} = (f32[8]{{0}}) custom-call(%p), custom_call_target="{target}", {attributes}'
+
+    def space(number, size):
+        return f'{{"memory_space":"{number}","offset":"0","size":"{size}"}}'
+
+    lines = [
+        call("jvp_kernel_.1", f'"used_scoped_memory_configs":[{space(1, 100)},{space(5, 7)},{space(1, 20)}]'),
+        call("transpose_jvp_kernel_backward__.2", f'"used_scoped_memory_configs":[{space(1, 3000)}]'),
+        call("kernel_backward.3", f'"used_scoped_memory_configs":[{space(1, 9)}]', "other"),
+        call("silent.4", '"retry_config":{}'),
+        call("small", '"used_scoped_memory_configs":[]'),
+    ]
+    hlo = "\n".join(["HloModule jit_run", *lines])
+    assert [bundles.vmem_bytes(hlo, name) for name in ("kernel", "kernel_backward", "small")] == [120, 3000, 0]
+    with pytest.raises(ValueError, match="expected a kernel other in the program, found none"):
+        bundles.vmem_bytes(hlo, "other")
+    with pytest.raises(ValueError, match="silent: expected used_scoped_memory_configs"):
+        bundles.vmem_bytes(hlo, "silent")
+
+
 def test_files_that_do_not_belong_together_are_refused():
     short = UTILISATION + "0 0 0 0 0 0 0 0 0 0\n"
     with pytest.raises(ValueError, match="kernel: expected the slots of 12 bundles, got 1"):
