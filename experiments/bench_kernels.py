@@ -5,7 +5,8 @@
 Nothing runs: libtpu (`pip install 'dsv3_jax[aot]'`) compiles each kernel at DeepSeek-V3's shapes for chips that are not here,
 and writes down its bundles, of which one is issued a cycle. JSON lines, a kernel and a chip each:
 
-- of the loop that keeps the matrix units busiest its `bundles`, the share of the units' slots in use, and the registers that
+- of the loop that keeps the matrix units busiest its `bundles`, the share of the units' slots in use, beside them the unit with
+  the largest share, `other_unit` and `other_slots` (what limits a loop that the matrix units do not), and the registers that
   are spilled in it, as stores and as loads; `vmem_mib`: what the kernel holds in VMEM, as the compiler allocates it;
 - of the whole grid `bytes` and `flops` over the least possible, and `cycles`: its bundles, as often as each is issued, shared
   by a device's cores; `cycles_per_gflop`: those of all cores over useful FLOPs, of attention half the square;
@@ -54,11 +55,14 @@ _CHILD = flags.DEFINE_bool("child", False, "Compile in this process, for one chi
 def measured(program: bundles.Program, vmem: int, case: Any, peak: "Peak") -> dict[str, Any]:
     """The line of a compiled case."""
     loop, cost = program.grid.innermost(), case.cost
+    other = program.busiest(loop, apart="MXU")
     line = {
         "peer": case.peer or None,
         "blocks": list(case.blocks),
         "bundles": loop.bundles,
         "mxu_slots": round(program.share(loop, "MXU"), 3),
+        "other_unit": other,
+        "other_slots": round(program.share(loop, other), 3),
         "spills": loop.spills,
         "spill_stores": loop.slots["VSTORE:SPILL"],
         "spill_loads": loop.slots["VLOAD:FILL"],

@@ -70,6 +70,11 @@ class Program(NamedTuple):
     def share(self, loop: Loop, slot: str) -> float:
         return loop.slots[slot] / (self.capacity[slot] * max(loop.bundles, 1))
 
+    def busiest(self, loop: Loop, *, apart: str) -> str:
+        """The unit, `apart` from one, most of whose slots are in use."""
+        units = [name for name in self.capacity if name != apart and name not in SPILLS]  # these are loads and stores
+        return max(units, key=lambda name: self.share(loop, name))
+
     def cycles(self, steps: float | int, trips: Sequence[float | int]) -> float:
         """Bundles of a whole run: so many grid steps, with `trips` of each loop inside of one, on average.
 

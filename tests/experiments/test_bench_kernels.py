@@ -330,9 +330,11 @@ def test_what_no_query_sees_is_not_counted_as_read():
 
 
 def test_a_line_has_cycles_beside_the_roofline_s():
-    loop = bundles.Loop(100, bundles.Counter({"MXU": 200, "VSTORE:SPILL": 3, "VLOAD:FILL": 4}), ())
+    slots = {"MXU": 200, "VALU": 90, "VSTORE": 60, "VSTORE:SPILL": 3, "VLOAD:FILL": 4}
+    loop = bundles.Loop(100, bundles.Counter(slots), ())
     body = bundles.Loop(150, loop.slots, (loop,))
-    program = bundles.Program("kernel", {"MXU": 4}, body, 40, (bundles.Part("loop", 60),))
+    capacity = {"MXU": 4, "VALU": 4, "VSTORE": 1, "VSTORE:SPILL": 1}
+    program = bundles.Program("kernel", capacity, body, 40, (bundles.Part("loop", 60),))
     peak = _bench_roofline.peak_of(1e3, 2e12, 1e12, cores=2)  # of 2 GHz
     assert (peak.bytes, peak.ghz) == (500, 2) and peak.roofline(4e6, 1e3) == 2e3 and peak.roofline(1e3, 4e6) == 4e3
     cost = _bench_kernels.Cost(10, (5,), 3000, 2000, 1_100_000, 1_000_000)
@@ -341,6 +343,7 @@ def test_a_line_has_cycles_beside_the_roofline_s():
     cycles = 50 + 10 * (40 + 5 * 60)
     assert found["cycles"] == cycles / 2 and found["roofline_cycles"] == 500 and found["vmem_mib"] == 1
     assert (found["spill_stores"], found["spill_loads"], found["mxu_slots"]) == (3, 4, 0.5)
+    assert (found["other_unit"], found["other_slots"]) == ("VSTORE", 0.6)
     assert found["share_of_roofline"] == round(1000 / cycles, 3) and found["cycles_per_gflop"] == cycles * 1e3
     assert (found["bytes_over_least"], found["flops_over_least"]) == (1.5, 1.1)
     rows = bench_kernels.table([found | {"kernel": "k", "chip": "v5p", "shape": "1x1"}]).splitlines()
