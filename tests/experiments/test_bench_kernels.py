@@ -396,6 +396,22 @@ def test_every_kernel_compiles_at_the_shapes_of_v3(chip):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None and not LIBTPU.is_dir(), reason="libtpu is not installed")
+def test_v5p_s_programs_are_as_good_as_they_were():
+    """A schedule is the same wherever the same compiler makes it; the limits are a tenth above what the loops spilled."""
+    lines = [json.loads(line) for line in run("--chips=v5p", "--kernels=grouped_up,router").stdout.splitlines()]
+    lines += [json.loads(line) for line in run("--chips=v5p", "--kernels=attention", "--nopeers").stdout.splitlines()]
+    (best, *_) = (line for line in lines if line.get("ratio") == "grouped_up" and not line["peer"].startswith("tokamax"))
+    assert best["peer_over_ours"] >= 1
+    ours = {(line["kernel"], line["shape"]): line for line in lines if "kernel" in line and line["peer"] is None}
+    splash = {4096: 14690, 32768: 10698}  # cycles per 10^9 FLOPs in its best blocks
+    for length, cycles in splash.items():
+        found = ours["attention", f"128x{length}x(128+64,128)"]
+        assert found["cycles_per_gflop"] <= cycles and found["spills"] <= 708
+    assert ours["grouped_up", "32768x7168x2048"]["spills"] <= 160 and ours["router", "32768x256"]["spills"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not CUDA.is_dir(), reason="the CUDA plugin is not installed")
 def test_every_gpu_kernel_is_assembled_for_sm_90_at_the_shapes_of_v3():
     found = run("--chips=h100", JAX_PLATFORMS="cpu")
