@@ -9,10 +9,10 @@
 
 Seconds, without an accelerator. Prints tables of at most 100 columns, every figure an input or derived, then what was
 assumed; `--out` leaves `plan.json` and `plan.png`. `--schedule` simulates pipelines, and `--out` draws each of them.
-`--aot` also compiles the training step for that many chips (minutes, 4 GB of memory) and sets XLA's figures beside the
-planner's; it needs `pip install 'dsv3_jax[aot]'`. With `--decode` it compiles one step of decoding instead, `--requests`
-sequences a device with room for `--context` tokens each, laid out as the report serves. `--receipts` derives DeepSeek-V3's
-published figures and sets them beside the sources'.
+`--aot` also compiles the training step for that many chips (minutes, 4 GB of memory), sets XLA's figures beside the
+planner's, and counts the kernels in it by name; it needs `pip install 'dsv3_jax[aot]'`. With `--decode` it compiles one step of
+decoding instead, `--requests` sequences a device with room for `--context` tokens each, laid out as the report serves.
+`--receipts` derives DeepSeek-V3's published figures and sets them beside the sources'.
 """
 
 from pathlib import Path
