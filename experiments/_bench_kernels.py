@@ -265,7 +265,7 @@ def scaled(implementation: str, kind: str = "") -> list[Case]:
     weights, dense = operand(EXPERTS, HIDDEN, WIDTH, tile=block), operand(HIDDEN, 18432, tile=block)
     along = *operand(HIDDEN, ROWS, tile=row), *operand(ROWS, WIDTH, tile=(SIDE, 1))
     name, tokens = "grouped_scaled_product", operand(4096, HIDDEN, tile=row)
-    table, of_outer = scaled_tpu.PRODUCTS, scaled_tpu.outer_blocks_of(kind)
+    table, of_outer = scaled_tpu.blocks_of(kind)
     fp8, dense_counts, big = kind in scaled_tpu.FP8, (4096,), 18432
     costs = [None] * 4 if not kind else [
         _bench_scaled.product_cost(COUNTS, ROWS, HIDDEN, WIDTH, table, transposed=False, fp8=fp8),

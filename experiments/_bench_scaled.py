@@ -68,8 +68,7 @@ def outer_cost(counts: Sequence[int], rows: int, inner: int, outer: int, blocks:
     turns = (b.inner // b.height) * (b.outer // b.columns)
     converted = () if fp8 else (b.inner / pallas_tpu.PACKED, b.rows / pallas_tpu.PACKED)
     whole = sum(end - first == b.rows for _, _, first, end in entries_of(counts, b.rows)) / n
-    runs = turns / min(b.unroll, turns)
-    trips = (*converted, whole * runs, (1 - whole) * runs, turns * len(counts) / n)
+    trips = (*converted, whole * turns / b.unroll, (1 - whole) * turns / b.unroll, turns * len(counts) / n)
     each = LANES // (b.rows // SIDE)
     operands = [
         Operand((inner, rows), NARROW, (b.inner, b.rows), lambda i, j, s: (i, entries[s][1])),

@@ -32,9 +32,8 @@ SHAPES = [(1, 1, 1), (5, 130, 7), (200, 300, 150), (130, 128, 300), (40, 700, 12
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks along every side already of small operands."""
-    small = pallas_tpu.Blocks(128, 256, 256, 128, 128)
-    monkeypatch.setattr(pallas_tpu, "PRODUCTS", small)
-    monkeypatch.setattr(pallas_tpu, "V5P_OUTER", small._replace(rows=256, inner=128, height=64))
+    small = pallas_tpu.Blocks(128, 256, 256, 128, 128, unroll=2)
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", (small, small._replace(rows=256, inner=128, height=64, unroll=2)))
     monkeypatch.setattr(pallas_gpu, "PRODUCTS", pallas_gpu.Blocks(32, 64, warps=4, stages=2))
     monkeypatch.setattr(pallas_gpu, "OUTER", pallas_gpu.Blocks(32, 64, warps=4, stages=2))
 
@@ -221,6 +220,22 @@ def test_what_float32_holds_is_exact(implementation):
     rng = np.random.default_rng(0)
     a, b = whole_numbers(rng, (50, 200), ROW), whole_numbers(rng, (200, 140), BLOCK)
     np.testing.assert_array_equal(plain(a, b, implementation), wide(a) @ wide(b))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", [E4M3, E5M2])
+def test_every_number_of_a_format_is_itself(implementation, form):
+    """The smallest and the largest, zeros and NaN of both signs, in rows and in weights."""
+    every = np.arange(256, dtype=np.uint8).view(form.dtype)
+    every = every[~np.isinf(every.astype(np.float32))]
+    one, n = np.zeros((1, 128), form.dtype), len(every)
+    one[0, 0] = 1
+    many = np.zeros((n, 128), form.dtype)
+    many[:, 0] = every
+    rows, columns = (Quantised(v, np.ones((len(v), 1), np.float32), v.shape, ROW, form) for v in (many, one))
+    for a, values in ((rows, one.T), (columns, many.T)):
+        b = Quantised(values, np.ones((1, -(-values.shape[1] // 128)), np.float32), values.shape, BLOCK, form)
+        np.testing.assert_array_equal(plain(a, b, implementation).ravel(), every.astype(np.float32))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
