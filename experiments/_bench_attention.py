@@ -37,30 +37,60 @@ def least_flops(length: int, of_pair: int, heads: int = HEADS) -> int:
     return heads * (length * (length + 1) // 2) * of_pair
 
 
+def _visible(first: int, height: int, tile: int, tiles: int) -> tuple[int, int]:
+    """Tiles that all of `height` queries see whole, and those that some see of; the first query sees `first` + 1 keys."""
+    return min(max(first + 1, 0) // tile, tiles), min(max(first + height + tile - 1, 0) // tile, tiles)
+
+
+def _trips(
+    blocks: pallas_tpu.Blocks, block: int, height: int, tile: int, tiles: int, firsts: Sequence[int]
+) -> tuple[list[int], int]:
+    """Of all steps together, of scores [queries, keys]: trips of whole tiles, of those on the diagonal; FLOPs."""
+    tops = range(0, block, height)
+    runs, pairs = [0] * (1 + len(tops)), 0
+    for first in firsts:
+        whole, _ = _visible(first, block, tile, tiles)
+        extra = [_visible(first + top, height, tile, tiles)[1] - whole for top in tops]
+        runs = [a + b for a, b in zip(runs, [whole, *extra], strict=True)]
+        pairs += whole * block * tile + sum(extra) * height * tile
+    return runs, pairs * FORWARD
+
+
+def _turned_trips(
+    blocks: pallas_tpu.Blocks, block: int, height: int, tile: int, tiles: int, firsts: Sequence[int]
+) -> tuple[list[int], int]:
+    """As `_trips`, of scores [keys, queries]: first ones, pieces, whole tiles, those of each copy, and so on the diagonal."""
+    begun = pieces = 0
+    whole, diagonal = [0, 0], [0, 0]
+    for first in firsts:
+        seen = [top for top in range(0, block, height) if first + top + height > 0]
+        begun, pieces, slot = begun + bool(seen), pieces + len(seen), 0
+        for top in seen:
+            of_all, of_some = _visible(first + top, height, tile, tiles)
+            for t in range(of_some):
+                (whole if t < of_all else diagonal)[slot] += 1
+                slot = 1 - slot
+    stops = [min(left + blocks.columns, height) for left in range(0, height, blocks.columns)]
+    widths = [stop - left for left, stop in zip([0, *stops], stops, strict=False)]
+    of_diagonal = sum(n * (stop if height == tile else tile) for n, stop in zip(widths, stops, strict=True))
+    values = sum(whole) * height * tile + sum(diagonal) * of_diagonal
+    scores = (begun + sum(whole) + sum(diagonal)) * height * tile  # a step's last are nobody's
+    starts = [] if len(firsts) == 1 else [begun]
+    return [*starts, pieces, sum(whole), *whole, sum(diagonal), *diagonal], 2 * (scores * KEY + values * VALUE)
+
+
 def forward_cost(length: int, blocks: pallas_tpu.Blocks, heads: int = HEADS) -> Cost:
     """Of `pallas_tpu.forward` with as many queries as keys. `trips`: of start, whole tiles, those on the diagonal, finish."""
-    block, height = min(blocks.queries, length), min(blocks.height, blocks.queries, length)
+    block, height = pallas_tpu.queries_of(blocks, length)
     tile = min(blocks.tile, length)
     block_s = min(blocks.keys, -(-length // tile) * tile)
     n_t, n_s, tiles = -(-length // block), -(-length // block_s), block_s // tile
-    tops = range(0, block, height)
-    on_diagonal = height * tile
-    if blocks.part and block == tile == height:  # pieces of queries that see no key of a part are left out
-        parts, pieces = range(0, tile, blocks.part), range(0, height, blocks.columns)
-        on_diagonal = sum(blocks.part * blocks.columns for first in parts for left in pieces if left + blocks.columns > first)
-    whole_runs, some_runs, pairs = 0, [0] * len(tops), 0
-    for i in range(n_t):
-        for j in range(n_s):
-            first = i * block - j * block_s
-            whole = min(max(first + 1, 0) // tile, tiles)
-            some = [min(max(first + top + height + tile - 1, 0) // tile, tiles) for top in tops]
-            extra = [max(n - whole, 0) for n in some]
-            whole_runs += whole
-            some_runs = [a + b for a, b in zip(some_runs, extra, strict=True)]
-            pairs += whole * block * tile + sum(extra) * on_diagonal
     steps = n_t * n_s
     ends = [] if n_s == 1 else [1 / n_s]  # else they are part of every step
-    trips = (*ends, whole_runs / steps, *(n / steps for n in some_runs), *ends)
+    counted = _turned_trips if blocks.part else _trips
+    firsts = [i * block - j * block_s for i in range(n_t) for j in range(n_s)]
+    runs, flops = counted(blocks, block, height, tile, tiles, firsts)
+    trips = (*ends, *(n / steps for n in runs), *ends)
 
     def last(i: int, j: int) -> int:
         return min(j, (min((i + 1) * block, length) - 1) // block_s)
@@ -79,7 +109,7 @@ def forward_cost(length: int, blocks: pallas_tpu.Blocks, heads: int = HEADS) -> 
     ]
     return Cost(
         heads * steps, trips, moved((heads, n_t, n_s), operands), sum(x.bytes for x in operands),
-        heads * pairs * FORWARD, least_flops(length, FORWARD, heads),
+        heads * flops, least_flops(length, FORWARD, heads),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from dsv3_jax.kernels.attention import pallas_tpu, pallas_tpu_backward
@@ -154,6 +155,25 @@ def test_attention_s_tiles_are_those_that_a_query_sees(length):
     elif n_k > 1:  # the rotary key's blocks are not a head's: from one head's last to the next one's first nothing stays
         assert (length - 1) // side != 0
     assert cost.bytes == once + fetched * side * 2 * 256 + rope * side * 2 * 64
+
+
+@pytest.mark.parametrize(("length", "keys"), [(512, 512), (1024, 512), (2048, 256)])
+def test_attention_s_tiles_with_scores_turned_alternate_between_two_copies(length, keys):
+    blocks = pallas_tpu.Blocks(queries=512, keys=keys, tile=128, height=128, part=128)
+    cost = _bench_attention.forward_cost(length, blocks, 4)
+    begun = pieces = values = scores = 0
+    of_copy = {(diagonal, n): 0 for diagonal in (False, True) for n in (0, 1)}
+    for i, j in np.ndindex(length // 512, length // keys):
+        seen = [(q, k) for q in range(i * 512, i * 512 + 512, 128) for k in range(j * keys, j * keys + keys, 128) if k <= q]
+        for n, (q, k) in enumerate(seen):
+            of_copy[q == k, n % 2] += 1
+        begun, pieces = begun + (len(seen) > 0), pieces + len({q for q, _ in seen})
+        values, scores = values + len(seen), scores + len(seen) + (len(seen) > 0)
+    steps, counts = (length // 512) * (length // keys), list(of_copy.values())
+    whole = [begun, pieces, sum(counts[:2]), *counts[:2], sum(counts[2:]), *counts[2:]]
+    expected = whole[1:] if steps == 1 else [length // 512, *whole, length // 512] if length > keys else whole
+    assert cost.steps == 4 * steps and [round(n * steps, 6) for n in cost.trips] == expected
+    assert cost.flops == 4 * 128 * 128 * 2 * (scores * 192 + values * 128)
 
 
 @pytest.mark.parametrize("heads", [3, 4])

@@ -18,8 +18,8 @@ DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["flo
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAMES = "q", "q_rope", "k", "k_rope", "v"
-# Scores [keys, queries], of two parts of a tile and pieces of two widths.
-TURNED = pallas_tpu.Blocks(queries=384, keys=512, tile=256, height=384, chunk=16, columns=256, part=128)
+# Scores [keys, queries], of two parts of a tile and columns of two widths; two pieces of queries in a block.
+TURNED = pallas_tpu.Blocks(queries=768, keys=512, tile=256, height=384, chunk=16, columns=256, part=128)
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def test_without_segments_a_query_sees_all_keys_up_to_its_position(implementatio
 @pytest.mark.parametrize("segments", [None, np.repeat([[1, 0, 2]], [60, 20, 420], axis=1)], ids=["whole", "documents"])
 @pytest.mark.parametrize(("queries", "keys"), [(500, 512), (500, 256), (244, 256)])  # one block of keys, two, and behind others
 def test_what_a_square_tile_on_the_diagonal_leaves_out_nobody_sees(segments, queries, keys, monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "BLOCKS", TURNED._replace(queries=256, height=256, columns=128, keys=keys))
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", TURNED._replace(queries=512, height=256, columns=128, keys=keys))
     check("pallas_tpu:interpret", jnp.float32, ((1, 1, queries, 500, 16, 8, 16), segments, 0, (1.0, 1.0)))
 
 
@@ -301,10 +301,10 @@ def test_wrong_operands_are_one_line(change, message):
 @pytest.mark.parametrize("blocks", [pallas_tpu.BLOCKS, *pallas_tpu.BLOCKS_OF_CHIP.values()])
 def test_the_rows_of_an_iteration_divide_a_block_of_any_number_of_queries(blocks):
     for queries in range(1, 5000):
-        block = min(blocks.queries, pallas_tpu.up(queries, 128))
-        height = pallas_tpu.fitting(blocks.height, block, blocks.chunk)
-        assert block % height == 0 == height % blocks.chunk and height <= blocks.height
-        assert height == blocks.height or block % blocks.height or block < blocks.height
+        block, height = pallas_tpu.queries_of(blocks, queries)
+        assert block % height == 0 == height % (128 if blocks.part else blocks.chunk) and height <= blocks.height
+        assert block <= blocks.queries and (block == blocks.queries or block >= queries or blocks.part)
+        assert height == blocks.height or block % blocks.height or block < blocks.height or blocks.part
 
 
 @pytest.mark.parametrize("queries", [600, 768])

@@ -7,11 +7,13 @@ their blocks fetched; only those on it, or all where there are segments, are mas
 
 Where the matrix units hold 256 columns, a value's 128 would fill half of them. There scores are [keys, queries] and the sums
 [width, queries]: what the units hold is weights of 256 queries, what streams past them the values. A maximum is then one of
-many along lanes, and found without a move between lanes.
+many along lanes, and found without a move between lanes. An iteration is a tile of keys with a piece of the block's queries,
+which all see the tile or are on the diagonal. It makes the next iteration's scores, be they of the next piece, while the vector
+units have the softmax of its own, in the other of two buffers. Which one is which is static in each of two copies of the code:
+the compiler lets a store pass a load only where it knows both addresses.
 """
 
 from functools import partial, reduce
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +30,7 @@ SUBLANES = 8  # rows of a register
 
 
 class Blocks(NamedTuple):
-    """Queries and keys in VMEM; keys of one iteration, its queries on the diagonal; rows of one chunk of the softmax."""
+    """Queries and keys in VMEM; keys of one iteration, its queries (on the diagonal, if not turned); rows of a chunk."""
 
     queries: int = 1024
     keys: int = 4096
@@ -37,13 +39,13 @@ class Blocks(NamedTuple):
     chunk: int = 32
     vmem_mib: int = 48
     columns: int = LANES  # keys, or queries if turned, of one product
-    part: int = 0  # keys of one softmax of scores [keys, queries]; 0: scores are [queries, keys]
+    part: int = 0  # keys of one product if turned; 0: not turned, scores are [queries, keys]
 
 
 # What needed the fewest bundles, see `experiments.bench_kernels`; other chips as v5p.
 BLOCKS = Blocks()
-TURNED = Blocks(keys=8192, tile=1024, height=1024, chunk=16, vmem_mib=60, columns=256, part=512)
-BLOCKS_OF_CHIP = {"TPU v6 lite": TURNED._replace(columns=512), "TPU7x": TURNED}
+TURNED = Blocks(queries=4096, keys=8192, tile=1024, height=1024, chunk=16, vmem_mib=60, columns=256, part=256)
+BLOCKS_OF_CHIP = {"TPU v6 lite": TURNED._replace(chunk=32, part=512), "TPU7x": TURNED}
 
 
 def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None) -> tuple[jax.Array, jax.Array]:
@@ -51,21 +53,22 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
     q, q_rope, k, k_rope, v, segments_BS, scale = operands
     (B, H, T, C), (S, W), R = q.shape, v.shape[2:], q_rope.shape[3]
     blocks = blocks or BLOCKS_OF_CHIP.get(chip(), BLOCKS)
-    block_T, tile = (min(size, up(side, LANES)) for size, side in ((blocks.queries, T), (blocks.tile, S)))
-    block_S = min(blocks.keys, up(S, tile))
-    height, part = fitting(blocks.height, block_T, blocks.chunk), min(blocks.part, tile)
-    turned, part = part > 0, part if part and tile % part == 0 else tile
-    assert block_S % tile == 0 and block_T % height == 0 and (part if turned else height) % blocks.chunk == 0
+    turned, tile = blocks.part > 0, min(blocks.tile, up(S, LANES))
+    block_T, height = queries_of(blocks, T)
+    block_S, part = min(blocks.keys, up(S, tile)), blocks.part if turned and tile % blocks.part == 0 else tile
+    assert block_S % tile == 0 and block_T % height == 0 and (tile if turned else height) % blocks.chunk == 0
     q, q_rope = (padded(x, block_T) for x in (q, q_rope))
     k, k_rope, v = (padded(x, block_S) for x in (k, k_rope, v))
     offset, tiles = S - T, block_S // tile
-    square = block_T == tile and offset % tile == 0  # the one tile on the diagonal begins with the block's first query
+    square = height == tile and offset % tile == 0  # turned, the one tile on the diagonal begins with the first query
     n_T, n_S = q.shape[2] // block_T, k.shape[2] // block_S
     segments = [] if segments_BS is None else rows_of_segments(segments_BS, offset, block_T, block_S)
 
     def kernel(q: Any, q_rope: Any, k: Any, k_rope: Any, v: Any, *refs: Any) -> None:
         (own, others), refs = (refs[:2], refs[2:]) if segments else ((None, None), refs)
-        out, lse, most, total, sums, scores, weights, *own_column = refs
+        out, lse, most, total, sums, scores, weights, *more_refs = refs
+        of_turned: list[Any] = more_refs if turned else [None] * 3
+        own_column, (peaks, across, across_rope) = [] if turned else more_refs, of_turned
         i, j = pl.program_id(2), pl.program_id(3)
 
         @pl.when(j == 0)
@@ -73,6 +76,8 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
             most[...] = jnp.full(most.shape, LOWEST, jnp.float32)
             total[...] = jnp.zeros(total.shape, jnp.float32)
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
+            if turned:  # once: the units take them faster so
+                across[...], across_rope[...] = q[...].T, q_rope[...].T
             for column in own_column:
                 column[...] = column_of(own[...])
 
@@ -102,50 +107,87 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
                 sums[at, :] = sums[at, :] * wide(shrunk, W)
             sums[of_rows, :] += dot(weights[of_rows, :], v[of_tile, :], 1, 0)
 
-        def add_turned(left: int, width: int, diagonal: bool, t: Any, _: None) -> None:
-            """As `add`. Scores of all parts come first, so that the matrix units have them to do during a softmax."""
-            ends = [*range(left, left + width, blocks.columns), left + width]
-            pieces = [slice(*two) for two in pairwise(ends)]
-            parts = [(slice(n, n + part), pl.ds(pl.multiple_of(t * tile + n, LANES), part)) for n in range(0, tile, part)]
+        def ahead(slot: int, c: Any, t: Any, at: slice) -> None:
+            """Scores of keys of tile t with some of the queries of piece c."""
+            queries, highest = pl.ds(pl.multiple_of(c * height + at.start, LANES), at.stop - at.start), []
+            for top in range(0, tile, part):
+                keys = pl.ds(pl.multiple_of(t * tile + top, LANES), part)
+                both = jnp.concatenate([across[:, queries], across_rope[:, queries]], axis=0)
+                s = dot(beside(k[keys, :], k_rope[keys, :]), both, 1, 0)
+                scores[slot, top : top + part, at] = s
+                highest.append(s.reshape(-1, SUBLANES, s.shape[1]).max(axis=0))
+            peaks[slot, :, at] = reduce(jnp.maximum, highest)
 
-            def seeing(of_part: slice) -> list[slice]:
-                return [at for at in pieces if not (diagonal and square and at.stop <= of_part.start)]
+        def add_turned(slot: int, diagonal: bool, c: Any, t: Any, then_c: Any, then_t: Any) -> None:
+            """As `add`, of scores that are there; those of the next iteration are made meanwhile."""
+            for left in range(0, height, blocks.columns):
+                at = slice(left, min(left + blocks.columns, height))
+                of, size = pl.ds(pl.multiple_of(c * height + left, LANES), at.stop - left), at.stop - left
+                keys = at.stop if diagonal and square else tile  # that one of the queries sees
+                hidden = slice(left if square and not segments else 0, keys)  # from some
+                shape, seen = (keys - hidden.start, size), []
+                if diagonal:
+                    query = lax.broadcasted_iota(jnp.int32, shape, 1) + (offset + i * block_T + c * height + left)
+                    key = lax.broadcasted_iota(jnp.int32, shape, 0) + (j * block_S + t * tile + hidden.start)
+                    seen += [key <= query]
+                if segments:
+                    of_key = column_of(others[:, pl.ds(pl.multiple_of(t * tile, LANES), keys)])
+                    seen += [wide(of_key, size) == jnp.broadcast_to(own[:, of], shape)]
+                if seen:
+                    scores[slot, hidden, at] = jnp.where(reduce(jnp.logical_and, seen), scores[slot, hidden, at], -jnp.inf)
+                    peaks[slot, :, at] = scores[slot, :keys, at].reshape(-1, SUBLANES, size).max(axis=0)
+                before = most[:, of]
+                peak = jnp.maximum(before, peaks[slot, :, at].max(axis=0, keepdims=True))
+                shrunk, more = jnp.exp2((before - peak) * (scale * LOG2E)), jnp.zeros((SUBLANES, size), jnp.float32)
+                most[:, of] = peak
+                for row in range(0, keys, blocks.chunk):
+                    rows = slice(row, row + blocks.chunk)
+                    # Scaled after the peak is taken off: else scaled scores wait for the peak, and are spilled.
+                    p = jnp.exp2((scores[slot, rows, at] - peak) * (scale * LOG2E))
+                    more += p.reshape(-1, SUBLANES, size).sum(axis=0)
+                    weights[rows, at] = p.astype(weights.dtype)
+                total[:, of] = total[:, of] * shrunk + more
+                sums[:, of] = sums[:, of] * shrunk
+                ahead(1 - slot, then_c, then_t, at)
+                values = v[pl.ds(pl.multiple_of(t * tile, LANES), keys), :]
+                sums[:, of] += dot(values, weights[:keys, at], 0, 0)
 
-            for of_part, keys in parts:
-                for at in seeing(of_part):
-                    scores[of_part, at] = dot(beside(k[keys, :], k_rope[keys, :]), beside(q[at, :], q_rope[at, :]), 1, 1)
-            for of_part, keys in parts:
-                for at in seeing(of_part):
-                    shape, seen = (part, at.stop - at.start), []
-                    if diagonal and not (square and at.start >= of_part.stop - 1):
-                        query = lax.broadcasted_iota(jnp.int32, shape, 1) + (offset + i * block_T + at.start)
-                        seen += [lax.broadcasted_iota(jnp.int32, shape, 0) + (j * block_S + t * tile + of_part.start) <= query]
-                    if segments:
-                        seen += [wide(column_of(others[:, keys]), shape[1]) == jnp.broadcast_to(own[:, at], shape)]
-                    if seen:
-                        scores[of_part, at] = jnp.where(reduce(jnp.logical_and, seen), scores[of_part, at], -jnp.inf)
-                    before = most[:, at]
-                    peak = jnp.maximum(before, scores[of_part, at].max(axis=0, keepdims=True))
-                    shrunk, more = jnp.exp2((before - peak) * (scale * LOG2E)), jnp.zeros((SUBLANES, shape[1]), jnp.float32)
-                    most[:, at] = peak
-                    for row in range(of_part.start, of_part.stop, blocks.chunk):
-                        rows = slice(row, row + blocks.chunk)
-                        # Scaled after the peak is taken off: else scaled scores wait for the peak, and are spilled.
-                        p = jnp.exp2((scores[rows, at] - peak) * (scale * LOG2E))
-                        more += p.reshape(-1, SUBLANES, shape[1]).sum(axis=0)
-                        weights[rows, at] = p.astype(weights.dtype)
-                    total[:, at] = total[:, at] * shrunk + more
-                    sums[:, at] = sums[:, at] * shrunk
-                for at in seeing(of_part):
-                    sums[:, at] += dot(v[keys, :], weights[of_part, at], 0, 0)
-
-        add_tile = add_turned if turned else add
         first = offset + i * block_T - j * block_S  # the block's first query, counted from its first key
-        whole = jnp.clip(lax.div(jnp.maximum(first + 1, 0), tile), 0, tiles)
-        lax.fori_loop(0, whole, partial(add_tile, 0, block_T, False), None)
-        for top in range(0, block_T, height):
-            some = jnp.clip(lax.div(jnp.maximum(first + top + height + tile - 1, 0), tile), 0, tiles)
-            lax.fori_loop(whole, some, partial(add_tile, top, height, True), None)
+
+        def tiles_of(top: Any, height: int) -> tuple[Any, Any]:
+            """Tiles that all of the queries from `top` on see whole, and those that some see of."""
+            ends = first + top + 1, first + top + height + tile - 1
+            whole, some = (jnp.clip(lax.div(jnp.maximum(n, 0), tile), 0, tiles) for n in ends)
+            return whole, some
+
+        if turned:
+            pieces = jnp.minimum(block_T // height, pl.cdiv(T - i * block_T, height))
+            lowest = lax.div(jnp.maximum(-first, 0), height)  # the first piece that sees one of the keys
+
+            @pl.when(lowest < pieces)
+            def begin() -> None:
+                for left in range(0, height, blocks.columns):
+                    ahead(0, lowest, 0, slice(left, min(left + blocks.columns, height)))
+
+            def piece(c: Any, slot: Any) -> Any:
+                whole, some = tiles_of(c * height, height)
+
+                def iteration(diagonal: bool, t: Any, slot: Any) -> Any:
+                    after = t + 1 < some
+                    then = jnp.where(after, c, jnp.minimum(c + 1, pieces - 1)), jnp.where(after, t + 1, 0)
+                    for n in range(2):
+                        pl.when(slot == n)(partial(add_turned, n, diagonal, c, t, *then))
+                    return 1 - slot
+
+                slot = lax.fori_loop(0, whole, partial(iteration, False), slot)
+                return lax.fori_loop(whole, some, partial(iteration, True), slot)
+
+            lax.fori_loop(lowest, pieces, piece, 0)
+        else:
+            whole, _ = tiles_of(0, block_T)
+            lax.fori_loop(0, whole, partial(add, 0, block_T, False), None)
+            for top in range(0, block_T, height):
+                lax.fori_loop(whole, tiles_of(top, height)[1], partial(add, top, height, True), None)
 
         @pl.when(j == n_S - 1)
         def finish() -> None:
@@ -173,9 +215,9 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
         return b, h, last(i, j), 0
 
     side = (None, None)
-    shapes = [(block_T, LANES), (block_T, LANES), (block_T, W), (block_T, tile)]
+    shapes: list[tuple[int, ...]] = [(block_T, LANES), (block_T, LANES), (block_T, W), (block_T, tile)]
     if turned:
-        shapes = [(1, block_T), (SUBLANES, block_T), (W, block_T), (tile, block_T)]
+        shapes = [(1, block_T), (SUBLANES, block_T), (W, block_T), (2, tile, height)]
     out, lse = pl.pallas_call(
         kernel,
         out_shape=[
@@ -200,8 +242,13 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
         ],
         scratch_shapes=[
             *(pltpu.VMEM(shape, jnp.float32) for shape in shapes),
-            pltpu.VMEM(shapes[3], v.dtype),
+            pltpu.VMEM(shapes[3][-2:], v.dtype),
             *[pltpu.VMEM((block_T, LANES), jnp.int32)][: 0 if turned else len(segments)],
+            *[
+                pltpu.VMEM((2, SUBLANES, height), jnp.float32),
+                pltpu.VMEM((C, block_T), q.dtype),
+                pltpu.VMEM((R, block_T), q.dtype),
+            ][: 3 * turned],
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_mib * MIB
@@ -211,6 +258,16 @@ def forward(operands: Operands, *, interpret: Any, blocks: Blocks | None = None)
         interpret=interpret,
     )(q, q_rope, k, k_rope, v, *segments)
     return out[:, :, :T], lse[:, :, 0, :T]
+
+
+def queries_of(blocks: Blocks, T: int) -> tuple[int, int]:
+    """Of a grid step, and of an iteration (if not turned, on the diagonal): about as many in each, of whole registers."""
+    if not blocks.part:
+        block = min(blocks.queries, up(T, LANES))
+        return block, fitting(blocks.height, block, blocks.chunk)
+    pieces = pl.cdiv(T, blocks.height)
+    height = up(pl.cdiv(T, pieces), LANES)
+    return height * min(pieces, blocks.queries // blocks.height), height
 
 
 def fitting(height: int, block: int, chunk: int) -> int:
