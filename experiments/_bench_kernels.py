@@ -68,7 +68,7 @@ GROUPS = _array(EXPERTS, dtype=jnp.int32)
 
 def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) -> list[Case]:
     blocks = pallas_tpu.blocks_of(kind, 1, transposed, inner, 1)
-    ours = of_products(COUNTS, ROWS, inner, outer, blocks, weights=1, wide_extras=0, outs=1)
+    ours = of_products(COUNTS, ROWS, inner, outer, blocks, weights=1, wide_extras=0, outs=1, transposed=transposed)
     weight = _array(EXPERTS, *((outer, inner) if transposed else (inner, outer)))
     shape, operands = f"{ROWS}x{inner}x{outer}", (_array(ROWS, inner), weight, GROUPS)
 

@@ -45,7 +45,7 @@ def parts_of(entries: Sequence[tuple[int, int, int, int]], heights: Sequence[int
 
 def of_products(
     counts: Sequence[int], rows: int, inner: int, outer: int, blocks: Blocks, *, weights: int, wide_extras: int, outs: int,
-    itemsize: int = 2,
+    transposed: bool = False, itemsize: int = 2,
 ) -> Cost:  # fmt: skip
     """Of `products` with so many weights, extras [R, O] and outputs [R, O], all of `itemsize`."""
     b, used, none = fit_products(blocks, rows, inner, outer), sum(counts), len(counts)
@@ -57,6 +57,9 @@ def of_products(
     each, zero = (tuple(n * iterations / len(entries) for n in found.values()) for found in (parts, zeroed))
     direct = weights == 1 and n_inner == 1
     trips = each + zero if direct else each * weights + tuple(n / n_inner for n in each) + zero
+    if transposed and b.turns:
+        fresh = _changes([group for group, *_ in mine]) if n_inner == 1 else len(mine)
+        trips = (b.turns * fresh / len(entries), *trips)
     # A block that is asked for twice in a row is fetched once. Rows of no group ask for the last group's weights.
     tiles = _changes([t for _, t, _, _ in entries])
     x, w = (tiles, _changes([min(group, none - 1) for group, *_ in entries])) if n_inner == 1 else (len(entries),) * 2

@@ -10,8 +10,10 @@ they meet nothing there; sums over rows or over a ragged contraction select what
 is NaN.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -38,10 +40,23 @@ class Blocks(NamedTuple):
     least: int  # rows of an iteration where fewer are left of a group, see `pieces_of`
     streamed: bool = False  # see `grid_tpu.call`
     vmem_mib: int = 62
+    depth: int | None = None  # most of the contraction at once, between whose parts sums wait in VMEM; None: all of it
+    turned: bool = False  # transposed weights are turned in VMEM, once for all of a group's rows
 
     @property
     def pieces(self) -> tuple[int, ...]:
         return pieces_of(self.height, self.least)
+
+    @property
+    def cuts(self) -> list[int]:
+        """Of the contraction, the ends of its parts."""
+        return [*range(0, self.inner, self.depth or self.inner), self.inner]
+
+    @property
+    def turns(self) -> int:
+        """Parts that transposed weights are turned in; 0: they are multiplied as they are."""
+        part = math.gcd(self.inner, TURN)
+        return self.inner // part if self.turned and part % LANES == self.outer % LANES == 0 else 0
 
 
 class OuterBlocks(NamedTuple):
@@ -79,35 +94,32 @@ class Chip(NamedTuple):
 # What needed the fewest bundles of those tried at V3's shapes, see `experiments.bench_kernels`; other chips as v5p. There sums
 # of 384 x 128 are in registers, 64 of 8 x 128, and leave room for operands; to put them aside costs less than to bring along
 # transposed weights more often, or on v6e, whose units take 256 columns, any. Those of tpu7x add up by themselves.
+TURN = 1024  # most of the contraction of which weights are turned at once
 LONG, WIDE = 4096, 3  # contractions above this, extras and outputs as wide as the product
 TALL = Blocks(1024, 7168, 512, 512, 512, least=128)
-NARROW = Blocks(768, 7168, 256, 384, 128, least=128)
+NARROW = Blocks(1280, 7168, 256, 320, 128, least=80, turned=True)
+NARROW_SHORT = NARROW._replace(rows=1024, height=512, least=128)
 V5P = Chip(
-    {
-        (False, True): NARROW,
-        (False, False): NARROW._replace(rows=1024, height=512),
-        (True, True): TALL,
-        (True, False): TALL,
-    },
+    {(side, long): NARROW if long else NARROW_SHORT for side in (False, True) for long in (False, True)},
     NARROW,
     OuterBlocks(512, 1024, 2048, least=128),
 )
-V6E_LONG = TALL._replace(streamed=True)
+V6E_LONG = TALL._replace(height=1024, streamed=True, depth=256)
 V6E_SHORT = V6E_LONG._replace(outer=1024, columns=1024)
 V6E = Chip(
-    {(side, long): V6E_LONG if long else V6E_SHORT for side in (False, True) for long in (False, True)},
+    {
+        (False, True): V6E_LONG,
+        (False, False): V6E_SHORT,
+        (True, True): V6E_LONG._replace(depth=512),
+        (True, False): V6E_SHORT._replace(height=512),
+    },
     Blocks(512, 7168, 256, 512, 256, least=128),
     OuterBlocks(512, 1792, 2048, least=256, streamed=True),
 )
-TPU7X_LONG = TALL._replace(height=1024, streamed=True)
+TPU7X_LONG = TALL._replace(height=1024, streamed=True, turned=True)
 TPU7X_SHORT = TPU7X_LONG._replace(outer=1024)
 TPU7X = Chip(
-    {
-        (False, True): TPU7X_LONG,
-        (False, False): TPU7X_SHORT,
-        (True, True): TPU7X_LONG,
-        (True, False): TPU7X_SHORT._replace(columns=1024),
-    },
+    {(side, long): TPU7X_LONG if long else TPU7X_SHORT for side in (False, True) for long in (False, True)},
     TALL._replace(rows=512, streamed=True),
     OuterBlocks(512, 1024, 2048, least=512, streamed=True),
 )
@@ -134,9 +146,10 @@ def blocks_of(kind: str, weights: int, transposed: bool, inner: int, wide: int) 
 
 def of_float32(blocks: Blocks, weights: int) -> Blocks:
     """Those that fit VMEM with numbers of twice the bytes, and what is spilled of them."""
-    rows, outer = min(blocks.rows, TALL.rows // 2 // weights), min(blocks.outer, TALL.outer // 2)
-    height, columns = min(blocks.height, rows), min(blocks.columns, LANES)
-    return blocks._replace(rows=rows, outer=outer, height=height, columns=columns)
+    most, outer, columns = TALL.rows // 2 // weights, min(blocks.outer, TALL.outer // 2), min(blocks.columns, LANES)
+    height = min(blocks.height, most)
+    rows, least = min(blocks.rows, most // height * height), blocks.least if height % blocks.least == 0 else height
+    return blocks._replace(rows=rows, outer=outer, height=height, columns=columns, least=least)
 
 
 def outer_blocks_of(kind: str) -> OuterBlocks:
@@ -190,9 +203,11 @@ def products(
     n_columns = [partial_columns if out.partial else blocks.columns for out in outs]
     iterations = blocks.outer // blocks.columns
     n_sums = len(weights) if len(weights) > 1 or n_inner > 1 else 0  # else a product goes straight to the epilogue
+    n_turned = len(weights) if transposed and blocks.turns else 0
+    as_is = transposed and not n_turned
 
     def kernel(group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, *refs: Any) -> None:
-        ws, more, ys, sums = cut(refs, len(weights), len(extras), len(outs))
+        ws, more, ys, sums, turned, waiting = cut(refs, len(weights), len(extras), len(outs), n_sums, n_turned)
         j, s, k = (pl.program_id(axis) for axis in range(3))
         group = group_S[s]
 
@@ -223,8 +238,25 @@ def products(
             _walk(first, end, heights, iterations, body)
 
         def part(w: Any, at: Place) -> jax.Array:
-            rows_at, columns_at = place(at, blocks.columns)
-            return _product(x[rows_at, :], w[columns_at, :] if transposed else w[:, columns_at], k, inner, blocks, transposed)
+            (rows_at, columns_at), total = place(at, blocks.columns), None
+            for start, end in pairwise(blocks.cuts):
+                a, b = x[rows_at, start:end], w[columns_at, start:end] if as_is else w[start:end, columns_at]
+                left = inner - k * blocks.inner - start if inner % blocks.inner else None
+                product = _product(a, b, left, transposed=as_is)
+                total = product if total is None else waiting[0][: at.height, :] + product
+                if end < blocks.inner:
+                    waiting[0][: at.height, :] = total
+            return total
+
+        def turn() -> None:
+            fresh = (n_inner > 1) | (s == 0) | (group_S[jnp.maximum(s - 1, 0)] != group)
+            depth = blocks.inner // blocks.turns
+
+            def run(i: Any, _: None) -> None:
+                for w, to in zip(ws, turned, strict=True):
+                    to[_columns(i, depth), :] = w[:, _columns(i, depth)].T
+
+            lax.fori_loop(0, jnp.where(fresh, blocks.turns, 0), run, None)
 
         def add(w: Any, total: Any, at: Place) -> None:
             total_at = place(at, blocks.columns)
@@ -232,10 +264,12 @@ def products(
 
         @pl.when(group < n_groups)
         def compute() -> None:
-            heights = blocks.height, *blocks.pieces
+            heights, sides = (blocks.height, *blocks.pieces), turned or ws
+            if turned:
+                turn()
             if not sums:
-                return each(heights, lambda at: finish(at, [part(ws[0], at)]))
-            for w, total in zip(ws, sums, strict=True):  # one after the other: registers hold the sums of one
+                return each(heights, lambda at: finish(at, [part(sides[0], at)]))
+            for w, total in zip(sides, sums, strict=True):  # one after the other: registers hold the sums of one
                 each(heights, partial(add, w, total))
             pl.when(k == n_inner - 1)(
                 lambda: each(heights, lambda at: finish(at, [total[place(at, blocks.columns)] for total in sums]))
@@ -273,7 +307,11 @@ def products(
         ("parallel", "arbitrary", "arbitrary"),
         (work[:4], [x_RI, *weights, *extras], results),
         (ins, [pl.BlockSpec((blocks.rows, iterations * width), row_at) for width in n_columns]),
-        [pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)] * n_sums,
+        [
+            *[pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)] * n_sums,
+            *[pltpu.VMEM((blocks.inner, blocks.outer), x_RI.dtype)] * n_turned,
+            *[pltpu.VMEM((blocks.height, blocks.columns), jnp.float32)] * (len(blocks.cuts) > 2),
+        ],
         streamed=blocks.streamed,
         vmem_mib=blocks.vmem_mib,
         cost_estimate=estimate(2 * rows * inner * outer * len(weights), x_RI, *weights, *extras, *results),
@@ -386,11 +424,10 @@ def _columns(i: Any, width: int) -> Any:
     return pl.ds(pl.multiple_of(start, width) if width % LANES == 0 else start, width)
 
 
-def _product(a: jax.Array, b: jax.Array, k: Any, inner: int, blocks: Blocks, transposed: bool) -> jax.Array:
-    """Of the contraction's last block, what is within the operands."""
+def _product(a: jax.Array, b: jax.Array, left: Any, *, transposed: bool) -> jax.Array:
+    """Of the contraction what is within the operands: all of it, or `left`."""
     axis = int(transposed)
-    if inner % blocks.inner:
-        left = inner - k * blocks.inner
+    if left is not None:
         a, b = (
             jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, along) < left, v, jnp.zeros((), v.dtype))
             for v, along in ((a, 1), (b, axis))
