@@ -20,7 +20,7 @@ from oracles.compiling import quick_jit
 from oracles.unchecked import unchecked
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
-SMALL_TPU = pallas_tpu.Blocks(rows=64, inner=128, outer=256, height=32, columns=128, least=8)
+SMALL_TPU = pallas_tpu.Blocks(rows=64, inner=256, outer=256, height=32, columns=128, least=8, depth=128, turned=True)
 SMALL_OUTER = pallas_tpu.OuterBlocks(rows=32, inner=128, outer=256, least=8)
 SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
 
@@ -29,6 +29,7 @@ SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
 def small_blocks(monkeypatch):
     """Several blocks along every side already of small operands."""
     products = dict.fromkeys([(side, long) for side in (False, True) for long in (False, True)], SMALL_TPU)
+    monkeypatch.setattr(pallas_tpu, "TURN", 128)
     monkeypatch.setattr(pallas_tpu, "V5P", pallas_tpu.Chip(products, SMALL_TPU, SMALL_OUTER))
     monkeypatch.setattr(pallas_gpu, "PRODUCTS", dict.fromkeys(pallas_gpu.PRODUCTS, {7: SMALL_GPU}))
     monkeypatch.setattr(pallas_gpu, "OUTER", dict.fromkeys(pallas_gpu.OUTER, SMALL_GPU))
@@ -158,7 +159,7 @@ def check_experts(implementation, dtype, problem, call=here):
         near(ours, theirs, 2.2 * magnitude, dtype, max(rows, side, width), roundings=6)
 
 
-SOME = [20, 0, 33, 1], 60, (136, 200), 0, 1.0
+SOME = [20, 0, 70, 1], 100, (300, 256), 0, 1.0  # groups of several tiles; contractions of one block and of two
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -335,9 +336,9 @@ def test_wrong_operands_are_one_line(change, message):
 @settings(max_examples=12, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 90), min_size=1, max_size=5), more=st.integers(0, 40), weights=st.sampled_from([1, 2]),
-    sides=st.sampled_from([(128, 256), (256, 128), (200, 300), (384, 512)]),
+    transposed=st.booleans(),     sides=st.sampled_from([(128, 256), (256, 128), (200, 300), (384, 512)]),
 )  # fmt: skip
-def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, sides):
+def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, transposed, sides):
     """Steps, iterations and bytes, by walking the list of work as the pipeline does: a block is fetched when it changes."""
     (inner, outer), rows = sides, max(1, sum(counts) + more)
     b = pallas_tpu.fit_products(SMALL_TPU, rows, inner, outer)
@@ -345,7 +346,7 @@ def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, side
     make = quick_jit(partial(make_work, rows=rows, tile=b.rows))
     work = jax.tree.map(np.asarray, make(jnp.asarray([*counts, rows - used], jnp.int32)))
     n_outer, n_inner = -(-outer // b.outer), -(-inner // b.inner)
-    moved = zeroed = steps = 0
+    moved = zeroed = steps = turned = 0
     iterations = Counter()
     x_before = w_before = y_before = None
     for j in range(n_outer):
@@ -358,6 +359,8 @@ def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, side
                 steps += 1
                 x_at, w_at = (tile, k), (min(group, len(counts) - 1), k, j)
                 width = min(b.inner, inner - k * b.inner)
+                fresh = n_inner > 1 or s == 0 or group != work.group_S[s - 1]
+                turned += b.turns * (group < len(counts) and fresh)
                 moved += b.rows * width * (x_at != x_before) + weights * width * b.outer * (w_at != w_before)
                 x_before, w_before = x_at, w_at
                 if group == len(counts):
@@ -371,8 +374,13 @@ def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, side
                     at += height
             moved += 3 * b.rows * b.outer * ((tile, j) != y_before)
             y_before = tile, j
-    found = cost.of_products(counts, rows, inner, outer, SMALL_TPU, weights=weights, wide_extras=1, outs=2)
+    found = cost.of_products(
+        counts, rows, inner, outer, SMALL_TPU, weights=weights, wide_extras=1, outs=2, transposed=transposed
+    )
     assert found.steps == steps
+    if transposed and b.turns:
+        assert found.trips[0] * steps == pytest.approx(turned)
+        found = found._replace(trips=found.trips[1:])
     assert [n * steps for n in found.trips[: 1 + len(b.pieces)]] == pytest.approx(
         [iterations[height] for height in (b.height, *b.pieces)]
     )
