@@ -209,6 +209,17 @@ def test_without_a_row_nothing_is_computed(implementation):
     np.testing.assert_array_equal(pull_back(y)[1], jnp.zeros_like(w))
 
 
+def test_sums_over_rows_are_the_same_where_one_side_is_turned_first():
+    """Whole tiles, and parts of them in which groups begin and end."""
+    rng, counts = np.random.default_rng(0), [300, 0, 130]
+    x, y = (rng.integers(-4, 5, (440, side)).astype(float) for side in (256, 128))
+    blocks = pallas_tpu.OuterBlocks(rows=256, inner=128, outer=128, least=128, turned=True)
+    assert blocks.turns
+    operands = *(jnp.asarray(v, jnp.float32) for v in (x, y)), jnp.asarray(counts, jnp.int32)
+    found = pallas_tpu.outer_products(*operands, dtype=jnp.float32, name="outer", interpret=True, blocks=blocks)
+    np.testing.assert_array_equal(found, numpy_outer(x, y, counts))
+
+
 @pytest.mark.usefixtures("no_races")
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [[20, 0, 30, 13], [0, 0, 0, 1], [64, 0, 0, 0]])

@@ -68,10 +68,15 @@ class OuterBlocks(NamedTuple):
     least: int  # rows at once of a tile in which a group begins or ends
     streamed: bool = False
     vmem_mib: int = 48
+    turned: bool = False  # the left side is turned in VMEM first, where it is whole tiles
 
     @property
     def pieces(self) -> tuple[int, ...]:
         return pieces_of(self.rows, self.least) or (self.rows,)
+
+    @property
+    def turns(self) -> bool:
+        return self.turned and all(side % LANES == 0 for side in (self.inner, self.rows, *self.pieces))
 
 
 def pieces_of(height: int, least: int) -> tuple[int, ...]:
@@ -92,8 +97,9 @@ class Chip(NamedTuple):
 
 
 # What needed the fewest bundles of those tried at V3's shapes, see `experiments.bench_kernels`; other chips as v5p. There sums
-# of 384 x 128 are in registers, 64 of 8 x 128, and leave room for operands; to put them aside costs less than to bring along
-# transposed weights more often, or on v6e, whose units take 256 columns, any. Those of tpu7x add up by themselves.
+# of 320 x 128 are in registers, 64 of 8 x 128, and leave room for operands, and to bring along transposed weights takes the
+# units twice as long. On v6e, whose units take 256 columns and transposed weights as they are, sums wait in VMEM between parts
+# of the contraction. Those of tpu7x add up by themselves.
 TURN = 1024  # most of the contraction of which weights are turned at once
 LONG, WIDE = 4096, 3  # contractions above this, extras and outputs as wide as the product
 TALL = Blocks(1024, 7168, 512, 512, 512, least=128)
@@ -102,18 +108,18 @@ NARROW_SHORT = NARROW._replace(rows=1024, height=512, least=128)
 V5P = Chip(
     {(side, long): NARROW if long else NARROW_SHORT for side in (False, True) for long in (False, True)},
     NARROW,
-    OuterBlocks(512, 1024, 2048, least=128),
+    OuterBlocks(512, 1024, 2048, least=128, turned=True),
 )
-V6E_LONG = TALL._replace(height=1024, streamed=True, depth=256)
+V6E_LONG = TALL._replace(height=1024, streamed=True, depth=512)
 V6E_SHORT = V6E_LONG._replace(outer=1024, columns=1024)
 V6E = Chip(
     {
-        (False, True): V6E_LONG,
+        (False, True): V6E_LONG._replace(depth=256),
         (False, False): V6E_SHORT,
-        (True, True): V6E_LONG._replace(depth=512),
-        (True, False): V6E_SHORT._replace(height=512),
+        (True, True): V6E_LONG,
+        (True, False): V6E_SHORT,
     },
-    Blocks(512, 7168, 256, 512, 256, least=128),
+    Blocks(512, 7168, 256, 512, 256, least=128, depth=256),
     OuterBlocks(512, 1792, 2048, least=256, streamed=True),
 )
 TPU7X_LONG = TALL._replace(height=1024, streamed=True, turned=True)
@@ -238,7 +244,8 @@ def products(
             _walk(first, end, heights, iterations, body)
 
         def part(w: Any, at: Place) -> jax.Array:
-            (rows_at, columns_at), total = place(at, blocks.columns), None
+            rows_at, columns_at = place(at, blocks.columns)
+            total: Any = None
             for start, end in pairwise(blocks.cuts):
                 a, b = x[rows_at, start:end], w[columns_at, start:end] if as_is else w[start:end, columns_at]
                 left = inner - k * blocks.inner - start if inner % blocks.inner else None
@@ -339,7 +346,7 @@ def outer_products(
     blocks = fit_outer(blocks, rows, inner, outer)
     work = make_work(count_E, rows, blocks.rows, empty=True)
 
-    def kernel(group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, y: Any, w: Any, total: Any) -> None:
+    def kernel(group_S: Any, tile_S: Any, first_G: Any, end_G: Any, x: Any, y: Any, w: Any, total: Any, *turned: Any) -> None:
         s = pl.program_id(2)
         group = group_S[s]
         before, after = group_S[jnp.maximum(s - 1, 0)], group_S[jnp.minimum(s + 1, work.group_S.shape[0] - 1)]
@@ -349,7 +356,10 @@ def outer_products(
         whole = end - first == blocks.rows
 
         def add(fresh: Any, x_RI: jax.Array, y_RO: jax.Array) -> None:
-            total[...] = jnp.where(fresh, 0.0, total[...]) + dot(x_RI, y_RO, 0, 0)
+            for x_IR in turned:
+                x_IR[:, : x_RI.shape[0]] = x_RI.T
+            product = dot(turned[0][:, : x_RI.shape[0]], y_RO) if turned else dot(x_RI, y_RO, 0, 0)
+            total[...] = jnp.where(fresh, 0.0, total[...]) + product
 
         def add_all(_: Any, __: None) -> None:
             add(opens, x[...], y[...])
@@ -383,7 +393,10 @@ def outer_products(
         ("parallel", "parallel", "arbitrary"),
         (work[:4], [x_RI, y_RO], [sums]),
         (ins, [out]),
-        [pltpu.VMEM((blocks.inner, blocks.outer), jnp.float32)],
+        [
+            pltpu.VMEM((blocks.inner, blocks.outer), jnp.float32),
+            *[pltpu.VMEM((blocks.inner, blocks.rows), x_RI.dtype)] * blocks.turns,
+        ],
         streamed=blocks.streamed,
         vmem_mib=blocks.vmem_mib,
         cost_estimate=estimate(2 * rows * inner * outer, x_RI, y_RO, sums),
