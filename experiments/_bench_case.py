@@ -18,7 +18,7 @@ class Case(NamedTuple):
     run: Callable[..., Any]
     operands: tuple[jax.ShapeDtypeStruct, ...]
     cost: Cost | None = None  # None: the loops' trips are not counted
-    blocks: tuple[int, ...] = ()
+    blocks: tuple[Any, ...] = ()
     peer: str = ""  # what lines call it, if it is another's
     parts: bool = False  # `cost.trips` are those of parts, branches included, and not of loops alone
     small: tuple[int, ...] = ()  # as `bundles.Program.cycles_of_parts` has it, and so has

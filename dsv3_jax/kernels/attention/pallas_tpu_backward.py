@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.attention.call import LOG2E, Operands, cost_of, rows_of_segments
-from dsv3_jax.kernels.attention.pallas_tpu import beside, wide
+from dsv3_jax.kernels.attention.step_tpu import beside, wide
 from dsv3_jax.kernels.modes import chip, result
 from dsv3_jax.kernels.tiles import LANES, MIB, aligned, dot, padded, up
 
