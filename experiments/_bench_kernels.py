@@ -17,7 +17,7 @@ from dsv3_jax.kernels.attention import pallas_tpu_backward as attention_backward
 from dsv3_jax.kernels.decode import pallas_tpu as decode_tpu
 from dsv3_jax.kernels.decode import plan as decode_plan
 from dsv3_jax.kernels.decode.api import decode_attention, paged_decode_attention
-from dsv3_jax.kernels.grouped import pallas_tpu
+from dsv3_jax.kernels.grouped import blocks_tpu, outer_tpu, pallas_tpu
 from dsv3_jax.kernels.grouped.api import grouped_swiglu
 from dsv3_jax.kernels.grouped.call import Out
 from dsv3_jax.kernels.grouped.cost import Cost, entries_of, of_outer, of_products
@@ -67,7 +67,7 @@ GROUPS = _array(EXPERTS, dtype=jnp.int32)
 
 
 def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) -> list[Case]:
-    blocks = pallas_tpu.blocks_of(kind, 1, transposed, inner, 1)
+    blocks = blocks_tpu.blocks_of(kind, 1, transposed, inner, 1)
     ours = of_products(COUNTS, ROWS, inner, outer, blocks, weights=1, wide_extras=0, outs=1, transposed=transposed)
     weight = _array(EXPERTS, *((outer, inner) if transposed else (inner, outer)))
     shape, operands = f"{ROWS}x{inner}x{outer}", (_array(ROWS, inner), weight, GROUPS)
@@ -91,7 +91,7 @@ def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) 
 
 
 def _swiglu(kind: str) -> Case:
-    blocks = pallas_tpu.blocks_of(kind, 2, False, HIDDEN, 3)
+    blocks = blocks_tpu.blocks_of(kind, 2, False, HIDDEN, 3)
     ours = of_products(COUNTS, ROWS, HIDDEN, WIDTH, blocks, weights=2, wide_extras=0, outs=3)
     weight = _array(EXPERTS, HIDDEN, WIDTH)
     down = _array(EXPERTS, WIDTH, HIDDEN)
@@ -104,12 +104,12 @@ def _swiglu(kind: str) -> Case:
 
 
 def _outer(kind: str) -> list[Case]:
-    blocks = pallas_tpu.outer_blocks_of(kind)
+    blocks = blocks_tpu.outer_blocks_of(kind)
     ours = of_outer(COUNTS, ROWS, HIDDEN, WIDTH, blocks)
     shape, operands = f"{HIDDEN}x{ROWS}x{WIDTH}", (_array(ROWS, HIDDEN), _array(ROWS, WIDTH), GROUPS)
 
     def run(x: Any, y: Any, count: Any) -> Any:
-        return pallas_tpu.outer_products(x, y, count, dtype=BF16, name="grouped_outer", interpret=False, blocks=blocks)
+        return outer_tpu.outer_products(x, y, count, dtype=BF16, name="grouped_outer", interpret=False, blocks=blocks)
 
     def peer(tiles: tuple[int, int, int], x: Any, y: Any, count: Any) -> Any:
         return tgmm(x.T, y, count, BF16, tiles)

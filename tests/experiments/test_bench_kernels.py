@@ -85,7 +85,7 @@ def test_tokamax_s_tiles_cover_each_group_s_rows():
     assert covered == list(counts)
     # 40 | 3 at 40 | 150 at 43: 11..64, 64, 33 left | 7 at 193. The branch of 64 rows is for ends of 48 and up, and so on.
     assert [(first, end) for _, first, end in tiles] == [(0, 40), (8, 11), (11, 64), (0, 64), (0, 33), (1, 8)]
-    ours = _bench_kernels.of_outer(counts, 200, 256, 512, _bench_kernels.pallas_tpu.V5P.outer)
+    ours = _bench_kernels.of_outer(counts, 200, 256, 512, _bench_kernels.blocks_tpu.V5P.outer)
     cost = _bench_tokamax.gmm_v2_cost(counts, 256, 512, (64, 256, 16), ours)
     assert cost.steps == 2 * 6 and cost.trips == (2 / 6, 2 / 6, 0, 2 / 6)
     assert cost.flops == 2 * 2 * (2 * 64 + 2 * 48 + 2 * 16) * 256 * 256

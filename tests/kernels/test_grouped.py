@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.extend import core as jex_core
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from dsv3_jax.kernels.grouped import cost, pallas_gpu, pallas_tpu
+from dsv3_jax.kernels.grouped import blocks_tpu, cost, outer_tpu, pallas_gpu
 from dsv3_jax.kernels.grouped.api import grouped_product, grouped_swiglu
 from dsv3_jax.kernels.grouped.work import make_work
 from oracles.accelerators import HERE
@@ -20,8 +20,8 @@ from oracles.compiling import quick_jit
 from oracles.unchecked import unchecked
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu:interpret", "pallas_gpu:interpret", *HERE]
-SMALL_TPU = pallas_tpu.Blocks(rows=64, inner=256, outer=256, height=32, columns=128, least=8, depth=128, turned=True)
-SMALL_OUTER = pallas_tpu.OuterBlocks(rows=32, inner=128, outer=256, least=8)
+SMALL_TPU = blocks_tpu.Blocks(rows=64, inner=256, outer=256, height=32, columns=128, least=8, depth=128, turned=True)
+SMALL_OUTER = blocks_tpu.OuterBlocks(rows=32, inner=128, outer=256, least=8)
 SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
 
 
@@ -29,8 +29,8 @@ SMALL_GPU = pallas_gpu.Blocks(rows=16, inner=16, outer=32, warps=4, stages=2)
 def small_blocks(monkeypatch):
     """Several blocks along every side already of small operands."""
     products = dict.fromkeys([(side, long) for side in (False, True) for long in (False, True)], SMALL_TPU)
-    monkeypatch.setattr(pallas_tpu, "TURN", 128)
-    monkeypatch.setattr(pallas_tpu, "V5P", pallas_tpu.Chip(products, SMALL_TPU, SMALL_OUTER))
+    monkeypatch.setattr(blocks_tpu, "TURN", 128)
+    monkeypatch.setattr(blocks_tpu, "V5P", blocks_tpu.Chip(products, SMALL_TPU, SMALL_OUTER))
     monkeypatch.setattr(pallas_gpu, "PRODUCTS", dict.fromkeys(pallas_gpu.PRODUCTS, {7: SMALL_GPU}))
     monkeypatch.setattr(pallas_gpu, "OUTER", dict.fromkeys(pallas_gpu.OUTER, SMALL_GPU))
 
@@ -213,10 +213,10 @@ def test_sums_over_rows_are_the_same_where_one_side_is_turned_first():
     """Whole tiles, and parts of them in which groups begin and end."""
     rng, counts = np.random.default_rng(0), [300, 0, 130]
     x, y = (rng.integers(-4, 5, (440, side)).astype(float) for side in (256, 128))
-    blocks = pallas_tpu.OuterBlocks(rows=256, inner=128, outer=128, least=128, turned=True)
+    blocks = blocks_tpu.OuterBlocks(rows=256, inner=128, outer=128, least=128, turned=True)
     assert blocks.turns
     operands = *(jnp.asarray(v, jnp.float32) for v in (x, y)), jnp.asarray(counts, jnp.int32)
-    found = pallas_tpu.outer_products(*operands, dtype=jnp.float32, name="outer", interpret=True, blocks=blocks)
+    found = outer_tpu.outer_products(*operands, dtype=jnp.float32, name="outer", interpret=True, blocks=blocks)
     np.testing.assert_array_equal(found, numpy_outer(x, y, counts))
 
 
@@ -253,9 +253,9 @@ def of_chip(function, *operands):
 
 def streamed(monkeypatch):
     """Small blocks for every chip, which the kernels copy themselves."""
-    products = {key: SMALL_TPU._replace(streamed=True) for key in pallas_tpu.V5P.products}
+    products = {key: SMALL_TPU._replace(streamed=True) for key in blocks_tpu.V5P.products}
     outer = SMALL_OUTER._replace(streamed=True)
-    monkeypatch.setattr(pallas_tpu, "CHIPS", {"TPU7x": pallas_tpu.Chip(products, SMALL_TPU._replace(streamed=True), outer)})
+    monkeypatch.setattr(blocks_tpu, "CHIPS", {"TPU7x": blocks_tpu.Chip(products, SMALL_TPU._replace(streamed=True), outer)})
 
 
 def check_streamed(mode, counts, rows, side, width):
@@ -352,7 +352,7 @@ def test_wrong_operands_are_one_line(change, message):
 def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, transposed, sides):
     """Steps, iterations and bytes, by walking the list of work as the pipeline does: a block is fetched when it changes."""
     (inner, outer), rows = sides, max(1, sum(counts) + more)
-    b = pallas_tpu.fit_products(SMALL_TPU, rows, inner, outer)
+    b = blocks_tpu.fit_products(SMALL_TPU, rows, inner, outer)
     used = sum(counts)
     make = quick_jit(partial(make_work, rows=rows, tile=b.rows))
     work = jax.tree.map(np.asarray, make(jnp.asarray([*counts, rows - used], jnp.int32)))
@@ -408,7 +408,7 @@ def test_the_grid_s_cost_is_that_of_walking_its_list(counts, more, weights, tran
 def test_the_outer_grid_s_cost_is_that_of_walking_its_list(counts, more):
     """Whole tiles, masked parts of others, groups stored and groups without a row."""
     inner, outer, rows = 200, 300, max(1, sum(counts) + more)
-    b = pallas_tpu.fit_outer(SMALL_OUTER, rows, inner, outer)
+    b = blocks_tpu.fit_outer(SMALL_OUTER, rows, inner, outer)
     make = quick_jit(partial(make_work, rows=rows, tile=b.rows, empty=True))
     work = jax.tree.map(np.asarray, make(jnp.asarray(counts, jnp.int32)))
     sizes, runs = b.pieces, Counter()

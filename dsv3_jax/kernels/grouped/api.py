@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import remat
-from dsv3_jax.kernels.grouped import pallas_gpu, pallas_tpu, reference, xla
+from dsv3_jax.kernels.grouped import outer_tpu, pallas_gpu, pallas_tpu, reference, xla
 from dsv3_jax.kernels.grouped.call import Out, OuterProducts, Products
 from dsv3_jax.kernels.modes import Mode, mode_of
 
@@ -28,7 +28,7 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "reference": Implementation(reference.products, reference.outer_products),
     "xla": Implementation(xla.products, xla.outer_products),
-    "pallas_tpu": Implementation(pallas_tpu.products, pallas_tpu.outer_products),
+    "pallas_tpu": Implementation(pallas_tpu.products, outer_tpu.outer_products),
     "pallas_gpu": Implementation(pallas_gpu.products, pallas_gpu.outer_products),
 }
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv3_jax.kernels.grouped.pallas_tpu import Blocks, OuterBlocks, fit_outer, fit_products
+from dsv3_jax.kernels.grouped.blocks_tpu import Blocks, OuterBlocks, fit_outer, fit_products
 
 FLOAT32 = 4
 

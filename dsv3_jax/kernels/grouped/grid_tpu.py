@@ -1,9 +1,11 @@
-"""How the grouped products' TPU kernels walk their grid: its blocks are brought for them, or they copy them themselves."""
+"""How the grouped products' TPU kernels walk their grid, whose blocks are brought or copied by themselves, and a tile."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -73,3 +75,31 @@ def cut(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
     """In parts of these sizes, and the rest."""
     ends = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
     return [*(refs[a:b] for a, b in zip(ends, ends[1:], strict=False)), refs[ends[-1] :]]
+
+
+class Place(NamedTuple):
+    """Where a part of a tile is: its first row, how many it has, and which of the block's columns."""
+
+    row: Any
+    height: int
+    column: Any
+
+
+def walk(first: Any, end: Any, heights: Sequence[int], times: int, body: Callable[[Place], None]) -> None:
+    """`body` so many times for each part of the rows from first to end, if any, in as few and as high parts as will do."""
+    least = heights[-1]
+    row = lax.div(first, least) * least
+    end = jnp.where(first < end, end, row)
+    for height in heights:
+        parts = lax.div(end - row + least - 1, height)
+
+        def run(i: Any, _: None, row: Any = row, height: int = height) -> None:
+            body(Place(pl.multiple_of(row + lax.div(i, times) * height, least), height, lax.rem(i, times)))
+
+        lax.fori_loop(0, parts * times, run, None)
+        row = row + parts * height
+
+
+def when(condition: Any, body: Callable[[Any, None], None]) -> None:
+    """As a loop of one turn at most: a program's loops are counted apart, branches are not."""
+    lax.fori_loop(0, condition.astype(jnp.int32), body, None)
