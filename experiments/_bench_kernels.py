@@ -49,7 +49,7 @@ def cases(kind: str) -> list[Case]:
         *_product("grouped_down", kind, WIDTH, HIDDEN, transposed=False),
         *_product("grouped_up_transposed", kind, WIDTH, HIDDEN, transposed=True),
         *_product("grouped_down_transposed", kind, HIDDEN, WIDTH, transposed=True),
-        _swiglu(kind),
+        *_swiglu(kind),
         *_outer(kind),
         *_attention(kind, 4096),
         *_attention(kind, 32768),
@@ -90,17 +90,27 @@ def _product(name: str, kind: str, inner: int, outer: int, *, transposed: bool) 
     return [*found, *_bench_tokamax.products(name, shape, operands, COUNTS, ours, transposed=transposed)]
 
 
-def _swiglu(kind: str) -> Case:
-    blocks = blocks_tpu.blocks_of(kind, 2, False, HIDDEN, 3)
-    ours = of_products(COUNTS, ROWS, HIDDEN, WIDTH, blocks, weights=2, wide_extras=0, outs=3)
-    weight = _array(EXPERTS, HIDDEN, WIDTH)
-    down = _array(EXPERTS, WIDTH, HIDDEN)
+def _swiglu(kind: str) -> list[Case]:
+    weight, down, shape = _array(EXPERTS, HIDDEN, WIDTH), _array(EXPERTS, WIDTH, HIDDEN), f"{ROWS}x{HIDDEN}x2x{WIDTH}"
     operands = (_array(ROWS, HIDDEN), _array(ROWS, dtype=jnp.float32), weight, weight, down, GROUPS)
 
-    def run(x: Any, gates: Any, gate: Any, up: Any, down: Any, count: Any) -> Any:
-        return grouped_swiglu(x, gates, gate, up, down, count, implementation=TPU)
+    def run(*operands: Any) -> Any:
+        return grouped_swiglu(*operands, implementation=TPU)
 
-    return Case("grouped_swiglu", "grouped_swiglu", f"{ROWS}x{HIDDEN}x2x{WIDTH}", run, operands, ours, blocks)
+    def back(*operands: Any) -> Any:
+        *floats, count = operands
+        return jax.vjp(lambda *floats: run(*floats, count), *floats)[1](floats[0])
+
+    sizes, found = (COUNTS, ROWS, HIDDEN, WIDTH), []
+    for name, call, weights, transposed, wide_extras, outs in (
+        ("grouped_swiglu", run, 2, False, 0, 3),
+        ("grouped_swiglu_backward", back, 1, True, 2, 3),
+    ):
+        narrow = int(transposed)  # the gates' gradient, an output too
+        blocks = blocks_tpu.blocks_of(kind, weights, transposed, HIDDEN, wide_extras + outs + narrow)
+        how: dict[str, Any] = {"weights": weights, "wide_extras": wide_extras, "outs": outs, "transposed": transposed}
+        found.append(Case(name, name, shape, call, operands, of_products(*sizes, blocks, **how), blocks, copies=True))
+    return found
 
 
 def _outer(kind: str) -> list[Case]:

@@ -73,7 +73,7 @@ def measured(program: bundles.Program, vmem: int, case: Any, peak: "Peak") -> di
     if case.parts:
         cycles = program.cycles_of_parts(cost.steps, cost.trips, small=case.small, copies=case.copies)
     else:
-        cycles = program.cycles(cost.steps, cost.trips if program.grid.inner else ())
+        cycles = program.cycles(cost.steps, cost.trips if program.grid.inner else (), copies=case.copies)
     least = peak.roofline(cost.least_flops, cost.least_bytes)
     line |= {"cycles": round(cycles / peak.cores), "roofline_cycles": round(least)}
     line["share_of_roofline"] = round(least * peak.cores / cycles, 3)

@@ -75,16 +75,20 @@ class Program(NamedTuple):
         units = [name for name in self.capacity if name != apart and name not in SPILLS]  # these are loads and stores
         return max(units, key=lambda name: self.share(loop, name))
 
-    def cycles(self, steps: float | int, trips: Sequence[float | int]) -> float:
+    def cycles(self, steps: float | int, trips: Sequence[float | int], *, copies: bool = False) -> float:
         """Bundles of a whole run: so many grid steps, with `trips` of each loop inside of one, on average.
 
+        `copies`: some chips have more loops, without vectors' work, which count once a step.
         Raises ValueError if the kernel has another number of loops than `trips`.
         """
         loops = self.grid.inner
+        if copies and len(trips) < len(loops):
+            loops = tuple(loop for loop in loops if loop.slots["MXU"] or loop.slots["VALU"])
         if len(trips) != len(loops):
             raise ValueError(f"{self.name}: expected trips of {len(loops)} loops, got {len(trips)}")
         inner = sum(n * loop.bundles for n, loop in zip(trips, loops, strict=True))
-        return float(self.body.own + steps * (self.grid.own + inner))
+        rest = self.grid.bundles - sum(loop.bundles for loop in loops)
+        return float(self.body.own + steps * (rest + inner))
 
     def cycles_of_parts(
         self, steps: float | int, trips: Sequence[float | int], *, small: Sequence[int] = (), copies: bool = False

@@ -401,6 +401,7 @@ def test_every_kernel_compiles_at_the_shapes_of_v3(chip):
     assert not [line for line in lines if "failed" in line]
     assert {line["kernel"] for line in lines} == {
         *("grouped_up", "grouped_down", "grouped_up_transposed", "grouped_down_transposed", "grouped_swiglu", "grouped_outer"),
+        "grouped_swiglu_backward",
         *("attention", "attention_backward", "decode", "decode_paged", "router"),
         *("quantise_1x128", "quantise_128x1", "quantise_128x128", "quantise_swiglu", "requantise_transposed"),
         *("fp8_up", "fp8_up_transposed", "fp8_outer", "fp8_dense"),

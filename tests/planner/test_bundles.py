@@ -54,6 +54,9 @@ def test_cycles_are_bundles_times_trips():
     assert program.cycles(10, (5, 0.5)) == 3 + 10 * (3 + 5 * 4 + 0.5 * 2)
     with pytest.raises(ValueError, match="kernel: expected trips of 2 loops, got 1"):
         program.cycles(10, (5,))
+    assert program.cycles(10, (5,), copies=True) == 3 + 10 * (3 + 5 * 4 + 2)  # the other has nothing to do with vectors
+    with pytest.raises(ValueError, match="kernel: expected trips of 1 loops, got 0"):
+        program.cycles(10, (), copies=True)
 
 
 def test_branches_and_loops_are_the_parts_of_a_step():
