@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from dsv3_jax.kernels.attention import pallas_tpu, pallas_tpu_backward
 from dsv3_jax.kernels.attention.api import mla_attention
+from dsv3_jax.kernels.attention.step_tpu import Step
 from dsv3_jax.kernels.grouped.cost import Cost
 from dsv3_jax.kernels.traffic import Operand, moved
 
@@ -42,35 +43,33 @@ def _visible(first: int, height: int, tile: int, tiles: int) -> tuple[int, int]:
     return min(max(first + 1, 0) // tile, tiles), min(max(first + height + tile - 1, 0) // tile, tiles)
 
 
-def _trips(
-    blocks: pallas_tpu.Blocks, block: int, height: int, tile: int, tiles: int, firsts: Sequence[int]
-) -> tuple[list[int], int]:
+def _trips(step: Step, firsts: Sequence[int]) -> tuple[list[int], int]:
     """Of all steps together, of scores [queries, keys]: trips of whole tiles, of those on the diagonal; FLOPs."""
-    tops = range(0, block, height)
+    height, tile, tiles = step.height, step.tile, step.keys // step.tile
+    tops = range(0, step.queries, height)
     runs, pairs = [0] * (1 + len(tops)), 0
     for first in firsts:
-        whole, _ = _visible(first, block, tile, tiles)
+        whole, _ = _visible(first, step.queries, tile, tiles)
         extra = [_visible(first + top, height, tile, tiles)[1] - whole for top in tops]
         runs = [a + b for a, b in zip(runs, [whole, *extra], strict=True)]
-        pairs += whole * block * tile + sum(extra) * height * tile
+        pairs += whole * step.queries * tile + sum(extra) * height * tile
     return runs, pairs * FORWARD
 
 
-def _turned_trips(
-    blocks: pallas_tpu.Blocks, block: int, height: int, tile: int, tiles: int, firsts: Sequence[int]
-) -> tuple[list[int], int]:
+def _turned_trips(step: Step, firsts: Sequence[int]) -> tuple[list[int], int]:
     """As `_trips`, of scores [keys, queries]: first ones, pieces, whole tiles, those of each copy, and so on the diagonal."""
+    height, tile, tiles = step.height, step.tile, step.keys // step.tile
     begun = pieces = 0
     whole, diagonal = [0, 0], [0, 0]
     for first in firsts:
-        seen = [top for top in range(0, block, height) if first + top + height > 0]
+        seen = [top for top in range(0, step.queries, height) if first + top + height > 0]
         begun, pieces, slot = begun + bool(seen), pieces + len(seen), 0
         for top in seen:
             of_all, of_some = _visible(first + top, height, tile, tiles)
             for t in range(of_some):
                 (whole if t < of_all else diagonal)[slot] += 1
                 slot = 1 - slot
-    stops = [min(left + blocks.columns, height) for left in range(0, height, blocks.columns)]
+    stops = [min(left + step.columns, height) for left in range(0, height, step.columns)]
     widths = [stop - left for left, stop in zip([0, *stops], stops, strict=False)]
     of_diagonal = sum(n * (stop if height == tile else tile) for n, stop in zip(widths, stops, strict=True))
     values = sum(whole) * height * tile + sum(diagonal) * of_diagonal
@@ -81,15 +80,14 @@ def _turned_trips(
 
 def forward_cost(length: int, blocks: pallas_tpu.Blocks, heads: int = HEADS) -> Cost:
     """Of `pallas_tpu.forward` with as many queries as keys. `trips`: of start, whole tiles, those on the diagonal, finish."""
-    block, height = pallas_tpu.queries_of(blocks, length)
-    tile = min(blocks.tile, length)
-    block_s = min(blocks.keys, -(-length // tile) * tile)
-    n_t, n_s, tiles = -(-length // block), -(-length // block_s), block_s // tile
+    step = pallas_tpu.step_of(blocks, length, length, VALUE, 1.0)
+    block, block_s = step.queries, step.keys
+    n_t, n_s = -(-length // block), -(-length // block_s)
     steps = n_t * n_s
     ends = [] if n_s == 1 else [1 / n_s]  # else they are part of every step
     counted = _turned_trips if blocks.part else _trips
     firsts = [i * block - j * block_s for i in range(n_t) for j in range(n_s)]
-    runs, flops = counted(blocks, block, height, tile, tiles, firsts)
+    runs, flops = counted(step, firsts)
     trips = (*ends, *(n / steps for n in runs), *ends)
 
     def last(i: int, j: int) -> int:

@@ -28,7 +28,7 @@ from dsv3_jax.kernels.router import pallas_tpu as router_tpu
 from dsv3_jax.kernels.router.api import choose
 from dsv3_jax.kernels.scaled import pallas_tpu as scaled_tpu
 from dsv3_jax.kernels.scaled.api import grouped_scaled_outer, grouped_scaled_product, scaled_product
-from dsv3_jax.kernels.tiles import LANES
+from dsv3_jax.kernels.tiles import LANES, PACKED
 from dsv3_jax.presets import preset
 from experiments import _bench_attention, _bench_scaled, _bench_tokamax
 from experiments._bench_case import BF16, Case
@@ -101,16 +101,16 @@ def _swiglu(kind: str) -> list[Case]:
         *floats, count = operands
         return jax.vjp(lambda *floats: run(*floats, count), *floats)[1](floats[0])
 
-    sizes, found = (COUNTS, ROWS, HIDDEN, WIDTH), []
-    for name, call, weights, transposed, wide_extras, outs in (
-        ("grouped_swiglu", run, 2, False, 0, 3),
-        ("grouped_swiglu_backward", back, 1, True, 2, 3),
-    ):
-        narrow = int(transposed)  # the gates' gradient, an output too
-        blocks = blocks_tpu.blocks_of(kind, weights, transposed, HIDDEN, wide_extras + outs + narrow)
-        how: dict[str, Any] = {"weights": weights, "wide_extras": wide_extras, "outs": outs, "transposed": transposed}
-        found.append(Case(name, name, shape, call, operands, of_products(*sizes, blocks, **how), blocks, copies=True))
-    return found
+    def case(name: str, run: Any, wide: int, **how: Any) -> Case:
+        blocks = blocks_tpu.blocks_of(kind, how["weights"], how["transposed"], HIDDEN, wide)
+        cost = of_products(COUNTS, ROWS, HIDDEN, WIDTH, blocks, **how)
+        return Case(name, name, shape, run, operands, cost, blocks, copies=True)
+
+    return [
+        case("grouped_swiglu", run, 3, weights=2, transposed=False, wide_extras=0, outs=3),
+        # Beside three gradients an output of one column, that of the gates.
+        case("grouped_swiglu_backward", back, 6, weights=1, transposed=True, wide_extras=2, outs=3),
+    ]
 
 
 def _outer(kind: str) -> list[Case]:
@@ -214,7 +214,7 @@ def _quantise_cost(inputs: list[Any], tile: tuple[int, int], n_wide: int = 1, *,
     table = quantise_tpu.TRANSPOSED if transposed else quantise_tpu.BLOCKS[tile]
     tall, wide = min(table.rows, -(-rows // SIDE) * SIDE), min(table.columns, -(-columns // SIDE) * SIDE)
     steps = -(-rows // tall) * -(-columns // wide)
-    strips, across = tall // (SIDE if tile[0] == SIDE else quantise_tpu.PACKED), wide // SIDE
+    strips, across = tall // (SIDE if tile[0] == SIDE else PACKED), wide // SIDE
     turns = across // min(table.unroll, across)
     trips = [float(strips)] * (strips > 1) + [float(strips * turns)] * (turns > 1)
     moved = quantise_tpu.bytes_moved(inputs, Quantiser(tile=tile), n_wide=n_wide, transposed=transposed)

@@ -313,15 +313,15 @@ def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Itera
     except FAILURES as error:
         yield head | _bench.failure(error)
         return
-    for name, run in case.peers.items():
+    for name, peer in case.peers.items():
         try:
-            runs[name] = _warm(run)
+            runs[name] = _warm(peer)
         except Exception as error:  # what others raise for a shape that they do not take, their tests of types among it
             yield head | {"peer": name} | _bench.failure(error)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, (compiled, operands, calls, *_) in runs.items():
-            times[name].append(seconds(compiled, operands, calls))
+        for name, run in runs.items():
+            times[name].append(seconds(run.compiled, run.operands, run.calls))
     ours = statistics.median(times[""])
     line: dict[str, Any] = {"us": round(1e6 * ours, 1)}
     if case.flops:
@@ -330,7 +330,7 @@ def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Itera
     line["gbs"] = round(1e-9 * moved / ours, 1)
     if rates:
         line["share_of_roofline"] = round(max(case.flops / rates[0], moved / rates[1]) / ours, 3)
-    for name in list(runs)[1:]:
+    for name, theirs in list(runs.items())[1:]:
         ratio = statistics.median(b / a for a, b in zip(times[""], times[name], strict=True))
         yield (
             head
@@ -339,9 +339,9 @@ def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Itera
                 "peer": name,
                 "peer_us": round(1e6 * statistics.median(times[name]), 1),
                 "peer_over_ours": round(ratio, 3),
-                "difference": float(f"{difference(runs[''][3], runs[name][3]):.2e}"),
+                "difference": float(f"{difference(runs[''].results, theirs.results):.2e}"),
             }
-            | ({"peer_implementation": runs[name][4]} if runs[name][4] else {})
+            | ({"peer_implementation": theirs.implementation} if theirs.implementation else {})
         )
     if len(runs) == 1:
         yield head | line
@@ -350,14 +350,23 @@ def measure(case: Case, rounds: int, rates: tuple[float, float] | None) -> Itera
 FAILURES = jax.errors.JaxRuntimeError, ValueError, NotImplementedError, RuntimeError
 
 
-def _warm(run: Run) -> tuple[Any, Any, int, Any, str]:
-    """Compiled, with operands, how many calls take long enough, results, and which implementation it is."""
+class Warm(NamedTuple):
+    """What is timed: compiled, with its operands, and how many calls take long enough."""
+
+    compiled: Callable[..., Any]
+    operands: tuple[Any, ...]
+    calls: int
+    results: Any
+    implementation: str  # which it turned out to be, of one that chooses
+
+
+def _warm(run: Run) -> Warm:
     lowered = jax.jit(run.call).lower(*run.operands)
     compiled = lowered.compile()
     results = jax.block_until_ready(compiled(*run.operands))
     once = min(seconds(compiled, run.operands, 1) for _ in range(2))
     calls = max(1, min(100, round(LONG_ENOUGH / once)))
-    return compiled, run.operands, calls, results, run.chosen(lowered) if run.chosen else ""
+    return Warm(compiled, run.operands, calls, results, run.chosen(lowered) if run.chosen else "")
 
 
 def lines(implementation: str, sizes: Sizes, chosen: list[str], rounds: int = ROUNDS) -> Iterator[dict[str, Any]]:

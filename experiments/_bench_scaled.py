@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dsv3_jax.kernels.grouped.cost import Cost, entries_of
 from dsv3_jax.kernels.scaled import pallas_tpu
 from dsv3_jax.kernels.scaled.call import SIDE
-from dsv3_jax.kernels.tiles import LANES
+from dsv3_jax.kernels.tiles import LANES, PACKED
 from dsv3_jax.kernels.traffic import Operand, moved
 
 NARROW, SCALE, RESULT = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
@@ -31,12 +31,12 @@ def product_cost(
     own = sum(run for run, (group, *_) in zip(runs, entries, strict=True) if group < none)
     groups, tiles = [group for group, *_ in entries], [tile for _, tile, *_ in entries]
     converted = []
-    for values, size, as_it_is in ((tiles, b.rows // pallas_tpu.PACKED, fp8), (groups, b.inner // SIDE, fp8 and transposed)):
+    for values, size, as_it_is in ((tiles, b.rows // PACKED, fp8), (groups, b.inner // SIDE, fp8 and transposed)):
         changes = [i for i, (one, two) in enumerate(pairwise([None, *values])) if one != two and groups[i] < none]
         if not as_it_is:
             converted.append(size * len(changes) / n)
     if transposed and not fp8:  # as the weights lie
-        converted[1] *= b.outer / pallas_tpu.PACKED / (b.inner // SIDE)
+        converted[1] *= b.outer / PACKED / (b.inner // SIDE)
     trips = (1.0, *converted, own / b.unroll / n, (sum(runs) - own) / b.unroll / n)
     scales = [-(-size // SIDE) for size in ((outer, inner) if transposed else (inner, outer))]
     sides, block = ((outer, inner), (b.outer, b.inner)) if transposed else ((inner, outer), (b.inner, b.outer))
@@ -66,7 +66,7 @@ def outer_cost(counts: Sequence[int], rows: int, inner: int, outer: int, blocks:
     entries += [(group, 0) for group, n in enumerate(counts) if not n]
     n_inner, n_outer, n = -(-inner // b.inner), -(-outer // b.outer), len(entries)
     turns = (b.inner // b.height) * (b.outer // b.columns)
-    converted = () if fp8 else (b.inner / pallas_tpu.PACKED, b.rows / pallas_tpu.PACKED)
+    converted = () if fp8 else (b.inner / PACKED, b.rows / PACKED)
     whole = sum(end - first == b.rows for _, _, first, end in entries_of(counts, b.rows)) / n
     trips = (*converted, whole * turns / b.unroll, (1 - whole) * turns / b.unroll, turns * len(counts) / n)
     each = LANES // (b.rows // SIDE)

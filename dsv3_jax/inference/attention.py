@@ -22,7 +22,7 @@ from dsv3_jax.kernels.attention.api import mla_attention
 from dsv3_jax.kernels.decode.api import paged_decode_attention
 from dsv3_jax.kernels.decode.work import splits_for
 from dsv3_jax.kernels.modes import chosen
-from dsv3_jax.kernels.tiles import LANES, up
+from dsv3_jax.kernels.tiles import LANES, SUBLANES_BF16, up
 from dsv3_jax.model.attention import causal_attention
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import plain_heads
@@ -31,7 +31,6 @@ from dsv3_jax.parallel.collectives import varying_like
 
 Rope = tuple[Float[Array, "B T J"], Float[Array, "B T J"]]
 SMALLEST_VIEW = 128  # rows of the cache that are looked at, at least
-SUBLANES = 16  # of bfloat16, in a tile of a TPU's memory
 
 
 def cache_width(config: ModelConfig) -> int:
@@ -50,7 +49,7 @@ def cache_shape(config: ModelConfig, batch: int, size: int, platform: str) -> tu
     """[B, S, C] of one layer. TPUs lay rows out in whole lanes: what is as wide as that, and as tall, no kernel has to copy."""
     if not implementation(config, platform).startswith("pallas_tpu"):
         return batch, size, cache_width(config)
-    return batch, up(size, SUBLANES), up(cache_width(config), LANES)
+    return batch, up(size, SUBLANES_BF16), up(cache_width(config), LANES)
 
 
 def cache_dtype(config: ModelConfig, platform: str) -> jnp.dtype:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 LANES = 128  # of a TPU's vector register
+SUBLANES, SUBLANES_BF16, PACKED = 8, 16, 32  # its rows of float32, of bfloat16, and of bytes
 MIB = 2**20
 
 

@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.attention.call import LN2, LOG2E, LOWEST, Operands
-from dsv3_jax.kernels.attention.step_tpu import Ins, Step, beside, column_of, wide
+from dsv3_jax.kernels.attention.call import LN2, LOG2E, Operands
+from dsv3_jax.kernels.attention.step_tpu import Ins, Step, beside, column_of, reset, wide
 from dsv3_jax.kernels.tiles import LANES, dot
 
 
@@ -39,9 +39,7 @@ def scratch(step: Step, operands: Operands) -> list[Any]:
 
 
 def start(ins: Ins, kept: Kept) -> None:
-    kept.most[...] = jnp.full(kept.most.shape, LOWEST, jnp.float32)
-    kept.total[...] = jnp.zeros(kept.total.shape, jnp.float32)
-    kept.sums[...] = jnp.zeros(kept.sums.shape, jnp.float32)
+    reset(kept)
     if kept.document is not None:
         kept.document[...] = column_of(ins.own[...])
 

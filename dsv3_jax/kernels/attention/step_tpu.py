@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from dsv3_jax.kernels.attention.call import LOWEST
 from dsv3_jax.kernels.tiles import LANES
-
-SUBLANES = 8  # rows of a register
 
 
 class Step(NamedTuple):
@@ -48,6 +47,13 @@ class Ins(NamedTuple):
     v: Any
     own: Any = None
     others: Any = None
+
+
+def reset(kept: Any) -> None:
+    """Before the first key; of either way's `Kept`."""
+    kept.most[...] = jnp.full(kept.most.shape, LOWEST, jnp.float32)
+    kept.total[...] = jnp.zeros(kept.total.shape, jnp.float32)
+    kept.sums[...] = jnp.zeros(kept.sums.shape, jnp.float32)
 
 
 def column_of(row: jax.Array) -> jax.Array:

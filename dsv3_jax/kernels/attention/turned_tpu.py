@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.attention.call import LOG2E, LOWEST, Operands
-from dsv3_jax.kernels.attention.step_tpu import SUBLANES, Ins, Step, beside, column_of, wide
-from dsv3_jax.kernels.tiles import LANES, dot
+from dsv3_jax.kernels.attention.call import LOG2E, Operands
+from dsv3_jax.kernels.attention.step_tpu import Ins, Step, beside, column_of, reset, wide
+from dsv3_jax.kernels.tiles import LANES, SUBLANES, dot
 
 
 class Kept(NamedTuple):
@@ -54,9 +54,7 @@ def scratch(step: Step, operands: Operands) -> list[Any]:
 
 
 def start(ins: Ins, kept: Kept) -> None:
-    kept.most[...] = jnp.full(kept.most.shape, LOWEST, jnp.float32)
-    kept.total[...] = jnp.zeros(kept.total.shape, jnp.float32)
-    kept.sums[...] = jnp.zeros(kept.sums.shape, jnp.float32)
+    reset(kept)
     kept.across[...], kept.across_rope[...] = ins.q[...].T, ins.q_rope[...].T  # once: the units take them faster so
 
 

@@ -19,9 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.decode.work import make_work
 from dsv3_jax.kernels.modes import chip, result
-from dsv3_jax.kernels.tiles import LANES, MIB, dot, up
+from dsv3_jax.kernels.tiles import LANES, MIB, SUBLANES_BF16, dot, up
 
-SUBLANES, PIECE = 16, 128
+PIECE = 128
 TOGETHER = 8  # copies that are started in one go
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -57,9 +57,9 @@ def attend(
     """As `call.Attend`."""
     (batch, n, width), page, pages = q_BNK.shape, cache_PSK.shape[1], table_BM.shape[1]
     n_parts, most, queries = batch * splits, pages * page, n // heads
-    if page % SUBLANES and pages > 1:
-        raise ValueError(f"cache: expected pages of a multiple of {SUBLANES} rows on TPU, got {page}; allocate such pages")
-    cache_PSK = jnp.pad(cache_PSK, ((0, 0), (0, -page % SUBLANES), (0, 0)))  # copies end with whole tiles
+    if page % SUBLANES_BF16 and pages > 1:
+        raise ValueError(f"cache: expected pages of a multiple of {SUBLANES_BF16} rows on TPU, got {page}; allocate such pages")
+    cache_PSK = jnp.pad(cache_PSK, ((0, 0), (0, -page % SUBLANES_BF16), (0, 0)))  # copies end with whole tiles
     page, piece = cache_PSK.shape[1], piece_of(page)
     blocks = fitted(blocks or BLOCKS_OF_CHIP.get(chip(), BLOCKS), most)
     cores, columns = cores_for(n_parts), blocks.columns
@@ -225,7 +225,7 @@ def cores_for(parts: int) -> int:
 
 def piece_of(page: int) -> int:
     """Rows of one copy: they divide a page, and are whole tiles."""
-    return math.gcd(up(page, SUBLANES), PIECE)
+    return math.gcd(up(page, SUBLANES_BF16), PIECE)
 
 
 def fitted(blocks: Blocks, most: int) -> Blocks:

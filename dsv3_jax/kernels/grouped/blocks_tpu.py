@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
-from dsv3_jax.kernels.grouped.grid_tpu import SUBLANES
-from dsv3_jax.kernels.tiles import LANES, fitted, up
+from dsv3_jax.kernels.tiles import LANES, SUBLANES_BF16, fitted, up
 
 
 class Blocks(NamedTuple):
@@ -137,7 +136,7 @@ def outer_blocks_of(kind: str) -> OuterBlocks:
 def fit_products(blocks: Blocks, rows: int, inner: int, outer: int) -> Blocks:
     """No larger than the operands of [R, I] x [I, O]."""
     (tall, height), (wide, columns) = (
-        fitted(rows, blocks.rows, blocks.height, SUBLANES), fitted(outer, blocks.outer, blocks.columns, 1)
+        fitted(rows, blocks.rows, blocks.height, SUBLANES_BF16), fitted(outer, blocks.outer, blocks.columns, 1)
     )  # fmt: skip
     least = blocks.least if height == blocks.height else height
     return blocks._replace(rows=tall, inner=min(inner, blocks.inner), outer=wide, height=height, columns=columns, least=least)
@@ -149,5 +148,5 @@ def fit_outer(blocks: OuterBlocks, rows: int, inner: int, outer: int) -> OuterBl
         side if side <= most else up(pl.cdiv(side, pl.cdiv(side, most)), LANES)
         for side, most in ((inner, blocks.inner), (outer, blocks.outer))
     )
-    tall = min(blocks.rows, up(rows, SUBLANES))
+    tall = min(blocks.rows, up(rows, SUBLANES_BF16))
     return blocks._replace(rows=tall, inner=deep, outer=wide, least=blocks.least if tall == blocks.rows else tall)

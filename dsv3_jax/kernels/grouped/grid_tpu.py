@@ -9,9 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.tiles import LANES, MIB
-
-SUBLANES = 16
+from dsv3_jax.kernels.tiles import LANES, MIB, SUBLANES_BF16
 
 
 def call(
@@ -34,7 +32,7 @@ def call(
     """
     (scalars, operands, results), (ins, outs) = arrays, blocks
     shapes = [v.shape[-2:] for v in operands] + [v.shape[-2:] for v in results]
-    whole = all(tall % SUBLANES == 0 and (wide == 1 or wide % LANES == 0) for tall, wide in shapes)
+    whole = all(tall % SUBLANES_BF16 == 0 and (wide == 1 or wide % LANES == 0) for tall, wide in shapes)
     vmem = vmem_mib * MIB
     if not (streamed and whole):
         spec = pltpu.PrefetchScalarGridSpec(

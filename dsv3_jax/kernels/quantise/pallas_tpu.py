@@ -22,10 +22,8 @@ from dsv3_jax.fp8.formats import Format
 from dsv3_jax.fp8.quantize import Quantiser, scale_of
 from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.quantise.call import SIDE, cast, magnitudes
-from dsv3_jax.kernels.tiles import MIB, aligned, up
+from dsv3_jax.kernels.tiles import MIB, PACKED, aligned, up
 from dsv3_jax.kernels.traffic import Operand, moved
-
-PACKED = 32  # rows of one register of bytes
 
 
 class Blocks(NamedTuple):

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.modes import result
 from dsv3_jax.kernels.router.call import How, Routed, gates_of, scores_of
-from dsv3_jax.kernels.tiles import LANES, MIB, up
+from dsv3_jax.kernels.tiles import LANES, MIB, SUBLANES, up
 from dsv3_jax.kernels.traffic import Operand, moved
 
 
@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
 BLOCKS = Blocks(512)
 # Tokens that are chosen for together, two chains of steps that wait for each other; of which so many are scored at once. Loops
 # keep their parts apart, and values that are left in VMEM: what was scheduled together would not fit the registers.
-WIDTH, HEIGHT, SUBLANES = 256, 64, 8
+WIDTH, HEIGHT = 256, 64
 
 
 def _operands(n: int, experts: int, k: int) -> tuple[int, list[Operand]]:

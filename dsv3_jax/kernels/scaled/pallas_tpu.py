@@ -25,9 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dsv3_jax.kernels.grouped.work import make_work
 from dsv3_jax.kernels.modes import chip, result
 from dsv3_jax.kernels.scaled.call import SIDE, Tiled
-from dsv3_jax.kernels.tiles import LANES, MIB, aligned, dot, estimate, fitted, padded, up
-
-SUBLANES, PACKED = 8, 32  # rows of a register of float32, and of bytes
+from dsv3_jax.kernels.tiles import LANES, MIB, PACKED, SUBLANES, aligned, dot, estimate, fitted, padded, up
 
 
 class Blocks(NamedTuple):
