@@ -99,7 +99,7 @@ def _swiglu(kind: str) -> list[Case]:
 
     def back(*operands: Any) -> Any:
         *floats, count = operands
-        return jax.vjp(lambda *floats: run(*floats, count), *floats)[1](floats[0])
+        return jax.vjp(lambda *floats: run(*floats, count), *floats)[1](floats[0])[1]  # the gates': no other kernels
 
     def case(name: str, run: Any, wide: int, **how: Any) -> Case:
         blocks = blocks_tpu.blocks_of(kind, how["weights"], how["transposed"], HIDDEN, wide)

@@ -9,16 +9,16 @@ from planner.test_aot import ROOT, has_libtpu, with_libtpu
 
 CASES = {
     "tpu:v5e:2x2": [
-        "grouped:32768:7168:2048:8:bfloat16", "grouped:4096:7168:2048:8:float32", "attention:768:4:128:64:128:bfloat16",
+        "grouped:4096:7168:2048:8:float32", "attention:768:4:128:64:128:bfloat16",
         "scaled:96:2048:1408:4:float32",
     ],
     "tpu:v5p:2x2x1": ["grouped:4096:7168:2048:8:float32", "attention:131072:2:128:64:128:bfloat16"],
     "tpu:v6e:2x2": [
-        "grouped:32768:7168:2048:8:bfloat16", "grouped:32752:2048:1408:8:bfloat16", "grouped:4096:7168:2048:8:float32",
+        "grouped:32752:2048:1408:8:bfloat16", "grouped:4096:7168:2048:8:float32",
         "attention:768:4:128:64:128:bfloat16", "scaled:4096:576:7168:8:bfloat16",
     ],
     "tpu:tpu7x:2x2x1": [
-        "grouped:32768:7168:2048:8:bfloat16", "grouped:32752:2048:1408:8:bfloat16", "grouped:4096:7168:2048:8:float32",
+        "grouped:32752:2048:1408:8:bfloat16", "grouped:4096:7168:2048:8:float32",
         "attention:32768:2:192:64:256:bfloat16", "scaled:2048:1408:2048:4:float32",
     ],
 }  # fmt: skip

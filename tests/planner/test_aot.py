@@ -146,16 +146,18 @@ def test_the_671b_step_compiles_for_512_chips_and_fits(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_libtpu(), reason="needs libtpu: `make test-slow` installs it")
-def test_the_671b_step_in_fp8_compiles_for_tpu7x_and_sends_the_dispatch_as_bytes(tmp_path):
+def test_the_671b_step_in_fp8_compiles_for_512_chips_and_sends_the_dispatch_as_bytes(tmp_path):
+    """Of its three kinds of layers that with experts alone: each has its own copies of all FP8 kernels, minutes to compile."""
     command = [
-        sys.executable, "-m", "experiments.plan", "--aot=tpu:tpu7x:8x8x4", f"--out={tmp_path}", "--set=layout=fully_sharded",
+        sys.executable, "-m", "experiments.plan", "--aot=tpu:v5p:8x8x8", f"--out={tmp_path}", "--set=layout=fully_sharded",
         "--set=mesh_expert=64", "--set=batch_size=512", "--set=batch_size_start=512", "--set=fp8=report",
+        "--set=first_k_dense_replace=0", "--set=num_nextn_predict_layers=0",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, env=with_libtpu())
     assert done.returncode == 0, done.stderr[-2000:]
     sections = json.loads((tmp_path / "plan.json").read_text())["sections"]
     compared, found = sections["aot"]["rows"], sections["collectives"]["rows"]
-    assert compared["peak"]["XLA"] < 60 * 2**30  # of 94.75; in BF16 45.1
+    assert compared["peak"]["XLA"] < 45 * 2**30  # of 95.74; found 36.2
     assert abs(compared["arguments"]["apart"]) < 0.05 and abs(compared["others"]["apart"]) < 0.05
     assert abs(compared["exchange"]["apart"]) < 0.1, compared["exchange"]
     assert any("ragged-all-to-all" in name and "u8" in name for name in found), list(found)
