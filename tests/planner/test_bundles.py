@@ -30,11 +30,10 @@ LB: loop body
 """
 
 
-def used(*, mxu=(), fill=(), spill=()):
+def used(*, mxu=(), valu=(), vpop=(), fill=(), spill=()):
     rows = []
     for i in range(13):  # one more than there are bundles, as libtpu has it
-        row = [0] * 10
-        row[0], row[6], row[8] = 4 * (i in mxu), int(i in fill), int(i in spill)
+        row = [4 * (i in mxu), 0, 3 * (i in valu), 2 * (i in vpop), 0, 0, int(i in fill), 0, int(i in spill), 0]
         rows.append(" ".join(map(str, row)))
     return UTILISATION + "\n".join(rows) + "\n"
 
@@ -49,6 +48,13 @@ def test_loops_are_found_with_their_slots():
     assert (main.spills, grid.spills) == (1, 2)
 
 
+def test_the_busiest_unit_is_the_one_with_the_largest_share_of_its_slots():
+    program = bundles.program("kernel", used(mxu=[3, 4, 6], valu=[3, 4], vpop=[3, 6], spill=[3, 4, 5, 6]), BUNDLES)
+    main = program.grid.innermost()
+    assert (main.slots["VALU"], main.slots["VPOP"]) == (6, 4)  # of 16 and of 8; spills are stores, no unit of their own
+    assert program.busiest(main, apart="MXU") == "VPOP" and program.busiest(main, apart="VPOP") == "MXU"
+
+
 def test_cycles_are_bundles_times_trips():
     program = bundles.program("kernel", used(mxu=[3]), BUNDLES)
     assert program.cycles(10, (5, 0.5)) == 3 + 10 * (3 + 5 * 4 + 0.5 * 2)
@@ -57,6 +63,9 @@ def test_cycles_are_bundles_times_trips():
     assert program.cycles(10, (5,), copies=True) == 3 + 10 * (3 + 5 * 4 + 2)  # the other has nothing to do with vectors
     with pytest.raises(ValueError, match="kernel: expected trips of 1 loops, got 0"):
         program.cycles(10, (), copies=True)
+    program = bundles.program("kernel", used(mxu=[3], valu=[8]), BUNDLES)
+    with pytest.raises(ValueError, match="kernel: expected trips of 2 loops, got 1"):
+        program.cycles(10, (5,), copies=True)
 
 
 def test_branches_and_loops_are_the_parts_of_a_step():
