@@ -30,6 +30,7 @@ from experiments import (
     ablations,
     compare,
 )
+from oracles.compiling import quick_environment
 from oracles.micro import micro_settings, set_flags
 
 PROGRAMS = [ablate_balance, ablate_mtp, ablate_attention, ablate_experts, ablate_groups, ablate_controllers]
@@ -173,9 +174,8 @@ def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
     with compare.claimed(path, wait=False) as mine:
         code = "import sys; from pathlib import Path; from experiments.compare import claimed\n"
         code += "with claimed(Path(sys.argv[1]), wait=False) as mine: print(mine)"
-        other = subprocess.run(
-            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=environment(tmp_path)
-        )
+        env = quick_environment(tmp_path / "compiled")
+        other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=env)
         assert mine and other.stdout.strip() == "False", other.stderr
     with compare.claimed(path, wait=False) as mine:
         assert mine, "a lock ends with its holder"
@@ -223,16 +223,6 @@ def test_mistakes_are_one_line_and_exit_status_2(defined_flags, tmp_path, capsys
     assert err.startswith("error: ") and message in err and "\n" not in err
 
 
-def environment(folder):
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-
-
 def test_sums_are_taken_in_one_order_whatever_the_machine(monkeypatch):
     for given, expected in ((None, "1"), ("3", "3")):
         monkeypatch.delenv("NPROC", raising=False)
@@ -248,8 +238,10 @@ def test_two_workers_compute_every_run_once_stop_on_ctrl_c_go_on_and_write_the_p
     command = [sys.executable, "-m", "experiments.ablations", "--preset=tiny", "--seeds=2", "--workers=2", "--only=groups,mtp"]
     command += [f"--workdir={tmp_path / 'w'}", f"--results={tmp_path / 'r'}", *settings]
 
+    env = quick_environment(tmp_path / "compiled")
+
     def begin(*flags):
-        return subprocess.Popen([*command, *flags], env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*command, *flags], env=env, stderr=subprocess.PIPE, text=True)
 
     def finished():
         return sorted(path.parent for path in (tmp_path / "w").glob("*/*/seed-*/validation.json"))
@@ -285,7 +277,7 @@ def test_two_workers_compute_every_run_once_stop_on_ctrl_c_go_on_and_write_the_p
     nodes = json.loads((tmp_path / "r" / "results" / "groups-tiny.json").read_text())["scores"]
     assert all(1 <= score["nodes"] <= 2 for score in nodes["free"]) and all(s["nodes"] == 1 for s in nodes["one group"])
     again = [sys.executable, *shlex.split(result["command"])[1:], f"--workdir={tmp_path / 'again'}"]
-    done = subprocess.run(again, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(again, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "again" / "mtp.json").read_text())
     assert {**found, "date": ""} == {**result, "date": ""}, "the command beside the numbers gives them again, without workers"

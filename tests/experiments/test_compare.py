@@ -1,7 +1,6 @@
 """The comparison's plan: same data for both arms, one number of steps, nothing computed twice."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from absl.testing import flagsaver
 from dsv3_jax.presets import preset
 from dsv3_jax.training.journal import read_metrics
 from experiments import _cli, compare
+from oracles.compiling import quick_environment
 from oracles.micro import micro_settings, set_flags
 
 BASE = preset("tiny")
@@ -149,13 +149,7 @@ def test_mistakes_are_one_line_and_exit_status_2(program, tmp_path, capsys, flag
 @pytest.mark.slow
 def test_a_comparison_killed_in_the_middle_ends_with_the_result_of_one_never_killed(tmp_path):
     settings = set_flags({**micro_settings(tmp_path), "steps": "6"})
-    env = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    env = quick_environment(tmp_path / "compiled")
 
     def start(workdir):
         command = ["--preset=tiny", "--vary=controller=sign,none", "--seeds=2", f"--workdir={workdir}", "--resume", *settings]

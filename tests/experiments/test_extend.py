@@ -1,7 +1,6 @@
 """The extension: phases as published at another scale, maps of the same needles, and a void result that says so."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dsv3_jax.presets import preset
 from dsv3_jax.settings import override
 from dsv3_jax.training.journal import read_metrics
 from experiments import _cli, _extend, extend
+from oracles.compiling import quick_environment
 from oracles.micro import micro_settings, set_flags
 
 BASE = preset("needles")
@@ -115,13 +115,7 @@ def test_a_toy_extension_killed_in_a_phase_ends_with_the_maps_of_one_never_kille
         **micro_settings(tmp_path), "steps": "6", "num_nextn_predict_layers": "0", "seq_len": "32", "fim_rate": "0",
         "retrieval_bytes": "20000", "rope_scaling": "null",
     }  # fmt: skip
-    env = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    env = quick_environment(tmp_path / "compiled")
 
     def start(workdir):
         flags = ["--lengths=32,64,128", "--phase_steps=4", "--depths=3", "--samples=2", "--resume", f"--workdir={workdir}"]

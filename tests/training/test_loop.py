@@ -25,6 +25,7 @@ from dsv3_jax.training.loop import train
 from dsv3_jax.training.optimizer import OptState
 from experiments import _cli
 from experiments import train as program
+from oracles.compiling import quick_environment
 from oracles.micro import STEPS, micro_config, micro_settings, set_flags
 
 
@@ -279,14 +280,8 @@ def test_bf16_parameters_are_averaged_at_full_precision():
 
 def start_program(reference, workdir, *flags, before=()):
     """`experiments.train` with the reference's settings; it finds its programs compiled by the reference run."""
-    env = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),  # a program's key in the cache depends on it
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # and on this
-        "JAX_COMPILATION_CACHE_DIR": str(reference.root / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    env = quick_environment(reference.root / "compiled")
+    env["JAX_NUM_CPU_DEVICES"] = str(jax.local_device_count())  # a program's key in the cache depends on it, as on the rest
     command = [sys.executable, "-m", "experiments.train", "--preset=tiny", f"--workdir={workdir}", "--resume"]
     command = [*before, *command, *set_flags(micro_settings(reference.root)), *flags]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
